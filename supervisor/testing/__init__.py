@@ -1,0 +1,1 @@
+"""Public helpers for testing: simulated upstreams with faults, and the schedule explorer."""

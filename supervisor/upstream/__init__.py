@@ -1,0 +1,1 @@
+"""HTTP to the provider: one connection per stream, on trio."""

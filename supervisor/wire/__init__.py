@@ -1,0 +1,1 @@
+"""Sans-IO: bytes in, wire events out. Nothing here knows of trio, sockets or providers."""
