@@ -1,7 +1,8 @@
-"""Where journals are kept: the protocol, in memory, and SQLite."""
+"""Where journals are kept: the protocol, a store in memory and one in an SQLite file."""
 
-from supervisor.stores.base import Event, Store, StoredStream
+from __future__ import annotations
+
+from supervisor.stores.base import Event, EventKind, Store, StoredStream, StoreStatistics
 from supervisor.stores.memory import MemoryStore
-from supervisor.stores.sqlite import SQLiteStore
 
-__all__ = ["Event", "MemoryStore", "SQLiteStore", "Store", "StoredStream"]
+__all__ = ["Event", "EventKind", "MemoryStore", "Store", "StoreStatistics", "StoredStream"]

@@ -2,18 +2,25 @@
 
 A store is an append-only log per stream, dumb on purpose: it knows events, one opaque description per stream and one
 outcome per stream, and nothing of what they mean. Writing is a synchronous enqueue (`create`, `append`, `end`) that never
-blocks and never fails; a writer inside `run` commits what is queued from all streams in groups. What is durable is
-learnt from `wait_durable` and `durable_seq`, never assumed.
+blocks and never fails for a reason of the environment; a writer inside `run` commits what is queued from all streams in
+groups. What is durable is learnt from `wait_durable` and `durable_seq`, never assumed. All of it is called from the trio
+thread.
 
 Rules every implementation keeps (`tests/stores/` runs one suite over all of them):
 
 - Records of one stream become durable in the order they were enqueued; a crash keeps a prefix.
 - `end` is durable only together with, or after, everything enqueued before it for that stream.
-- A second `end` for the same stream changes nothing and is reported as a bug (StoreError from `wait_durable`).
+- Misuse is refused by the call itself: `create` of a stream that is being written, `append` or `end` of one that is not,
+  anything after the outcome, and a seq that does not follow the last one raise StoreError and change nothing. What only
+  the stored data can tell (`create` with the id of a stream of an earlier run) is a StoreError from `wait_durable`.
+- A stream that an earlier run left without an outcome is being written again as soon as `run` has started: `append` and
+  `end` go on after its last stored seq.
 - The queue is bounded by back-pressure, not by loss: past `high_water_bytes` `congested` is true and sources wait in
   `wait_flow`.
 - A failing commit is retried by the store as long as `run` lasts; `wait_durable` raises StoreError after the store's
   documented patience, and the records stay queued.
+- Ids sort by age: "newest" among streams is the highest id, as text. Retention goes by when a stream ended.
+- Reading shows what is durable. Where retention removed events, `first_seq` says so and `read` begins there.
 """
 
 from __future__ import annotations
@@ -90,6 +97,10 @@ class StoreStatistics:
     """How long the last commit took, in seconds."""
     last_error: str | None
     """The message of the failure the store is in now; None when it is well."""
+    held_bytes: int = 0
+    """Bytes of records held in this process: what is queued, and for a store in memory all it keeps."""
+    evicted_events: int = 0
+    """Events that a bounded store gave up to stay within its bounds; not those removed by `prune`."""
 
 
 class Store(Protocol):
@@ -104,7 +115,10 @@ class Store(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Commit what is queued and make `run` return. Idempotent."""
+        """Commit what is queued, make `run` return, and wait until it has. Idempotent.
+
+        Raises StoreError if it had to give up and records were lost. A cancel leaves the closing to go on in `run`.
+        """
         ...
 
     def create(self, stream: StoredStream) -> None:
@@ -120,15 +134,18 @@ class Store(Protocol):
         ...
 
     def durable_seq(self, stream_id: str) -> int:
-        """Return the last seq known to be durable of a stream written in this run; 0 if none, or if it is unknown."""
+        """Return the last seq known to be durable of a stream being written; 0 if none, or if it is unknown."""
         ...
 
     async def wait_durable(self, stream_id: str, seq: int) -> None:
-        """Wait until `seq` (0: the head) is durable. At once if it is. Raises StoreError if it cannot be made so."""
+        """Wait until `seq` (0: the head) is durable. At once if it is; it may be a seq that is yet to be appended.
+
+        Raises StoreError if it cannot be made so. A cancel leaves nothing behind.
+        """
         ...
 
     def forget(self, stream_id: str) -> None:
-        """Drop the in-memory position of a stream whose outcome is durable: it will not be written again."""
+        """Drop the in-memory position of an ended stream (as soon as its outcome is durable). Never fails."""
         ...
 
     @property
@@ -151,7 +168,7 @@ class Store(Protocol):
         ...
 
     async def unfinished(self) -> Sequence[StoredStream]:
-        """Return the streams without an outcome, oldest first: after a start, those a crash interrupted."""
+        """Return the streams without an outcome, lowest id first: after a start, those a crash interrupted."""
         ...
 
     async def list(
@@ -160,8 +177,14 @@ class Store(Protocol):
         """Return ended streams, newest id first, with ids below `before_id`."""
         ...
 
-    async def prune(self, *, ended_before: float | None = None, keep: int | None = None, limit: int = 500) -> int:
-        """Remove up to `limit` ended streams: those that ended before a time, or beyond the newest `keep`. Return how many."""
+    async def prune(
+        self, *, ended_before: float | None = None, keep: int | None = None, limit: int = 500
+    ) -> int:
+        """Remove up to `limit` ended streams: those that ended before a time, or before the last `keep` to end.
+
+        In order of `(ended_at, id)`. Returns how many. A cancel leaves whole streams removed, or one of them with its
+        oldest events gone and its `first_seq` saying so.
+        """
         ...
 
     def statistics(self) -> StoreStatistics:
