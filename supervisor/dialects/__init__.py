@@ -5,6 +5,7 @@ from supervisor.dialects.base import (
     Delta,
     Dialect,
     Fault,
+    FaultKind,
     Reader,
     Snapshot,
     ToolCall,
@@ -12,13 +13,18 @@ from supervisor.dialects.base import (
     UnparseableError,
     Usage,
 )
+from supervisor.dialects.catalog import BUILTIN, find
 from supervisor.dialects.fold import Fold
+from supervisor.dialects.native import NATIVE
 
 __all__ = [
+    "BUILTIN",
+    "NATIVE",
     "Choice",
     "Delta",
     "Dialect",
     "Fault",
+    "FaultKind",
     "Fold",
     "Reader",
     "Snapshot",
@@ -26,4 +32,5 @@ __all__ = [
     "ToolCallDelta",
     "UnparseableError",
     "Usage",
+    "find",
 ]

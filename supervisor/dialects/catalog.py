@@ -1,0 +1,24 @@
+"""Which dialects there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from supervisor.dialects.base import Dialect
+from supervisor.dialects.native import NATIVE
+from supervisor.errors import ConfigurationError
+
+__all__ = ["BUILTIN", "find"]
+
+BUILTIN: Final[Mapping[str, Dialect]] = MappingProxyType({dialect.name: dialect for dialect in (NATIVE,)})
+"""The dialects of this package, by name."""
+
+
+def find(name: str) -> Dialect:
+    """Return a built-in dialect. Raises ConfigurationError, naming what exists, for a name that does not."""
+    try:
+        return BUILTIN[name]
+    except KeyError:
+        raise ConfigurationError("dialect", name, f"one of {', '.join(sorted(BUILTIN))}") from None

@@ -1,0 +1,218 @@
+"""Fold deltas into the answer so far.
+
+A stream is told in thousands of small deltas and asked for its whole answer seldom, so a delta must cost O(1) and the
+join is left to whoever asks. Pieces are kept in a list; when it reaches `PIECES` they become one block, and when the
+blocks reach `PIECES` they become one text, so that neither the per-piece overhead nor the number of copies grows with
+the answer. A snapshot joins what is new and keeps the join.
+
+What the fields mean when they come again:
+
+- text, reasoning, refusal and a tool call's arguments are appended;
+- a tool call's id and name replace what was there (a reader that gets a name in pieces gives the whole so far);
+- a finish reason and a usage replace the earlier one whole; usages are never summed, because providers that send
+  several send running totals.
+"""
+
+from __future__ import annotations
+
+from supervisor.dialects.base import Choice, Delta, Snapshot, ToolCall, ToolCallDelta, Usage
+
+__all__ = ["Fold"]
+
+PIECES = 256
+"""How many pieces are kept apart before they are joined."""
+
+CHOICE_OVERHEAD_BYTES = 512
+CALL_OVERHEAD_BYTES = 320
+
+
+class _Text:
+    """A growing text: O(1) to add to, joined when read."""
+
+    __slots__ = ("_blocks", "_pieces")
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+        self._blocks: list[str] = []
+
+    def add(self, piece: str) -> None:
+        pieces = self._pieces
+        pieces.append(piece)
+        if len(pieces) >= PIECES:
+            self._blocks.append("".join(pieces))
+            pieces.clear()
+            if len(self._blocks) >= PIECES:
+                self._blocks = ["".join(self._blocks)]
+
+    def joined(self) -> str:
+        blocks = self._blocks
+        if self._pieces:
+            blocks.append("".join(self._pieces))
+            self._pieces.clear()
+        if not blocks:
+            return ""
+        if len(blocks) > 1:
+            self._blocks = blocks = ["".join(blocks)]
+        return blocks[0]
+
+
+class _Call:
+    __slots__ = ("arguments", "id", "name")
+
+    def __init__(self) -> None:
+        self.id = ""
+        self.name = ""
+        self.arguments = _Text()
+
+
+class _Choice:
+    __slots__ = ("calls", "finish_reason", "reasoning", "refusal", "text")
+
+    def __init__(self) -> None:
+        self.text = _Text()
+        self.reasoning = _Text()
+        self.refusal = _Text()
+        self.calls: dict[int, _Call] = {}
+        self.finish_reason: str | None = None
+
+    def frozen(self, index: int) -> Choice:
+        calls = self.calls
+        return Choice(
+            index=index,
+            text=self.text.joined(),
+            reasoning=self.reasoning.joined(),
+            refusal=self.refusal.joined(),
+            tool_calls=tuple(
+                ToolCall(id=call.id, name=call.name, arguments=call.arguments.joined())
+                for _, call in sorted(calls.items())
+            )
+            if calls
+            else (),
+            finish_reason=self.finish_reason,
+        )
+
+
+class Fold:
+    """The answer so far, of one stream.
+
+    `nbytes` is what it holds: the UTF-8 length of its texts and a fixed overhead for each choice and tool call.
+    """
+
+    __slots__ = ("_choices", "_model", "_response_id", "_usage", "nbytes")
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._choices: dict[int, _Choice] = {}
+        self._usage: Usage | None = None
+        self._model: str | None = None
+        self._response_id: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<Fold of {len(self._choices)} choices, {self.nbytes} bytes>"
+
+    @property
+    def usage(self) -> Usage | None:
+        """The last usage stated."""
+        return self._usage
+
+    @property
+    def finish_reason(self) -> str | None:
+        """The finish reason of choice 0."""
+        first = self._choices.get(0)
+        return None if first is None else first.finish_reason
+
+    def reset(self) -> None:
+        """Forget everything: the next delta begins a new epoch."""
+        self.nbytes = 0
+        self._choices = {}
+        self._usage = self._model = self._response_id = None
+
+    def apply(self, delta: Delta) -> None:
+        """Add one delta. O(1) amortised, whatever came before."""
+        choice = self._choices.get(delta.choice)
+        if choice is None:
+            choice = self._open(delta)
+        text = delta.text
+        if text:
+            choice.text.add(text)
+            self.nbytes += len(text) if text.isascii() else _utf8_length(text)
+        text = delta.reasoning
+        if text:
+            choice.reasoning.add(text)
+            self.nbytes += len(text) if text.isascii() else _utf8_length(text)
+        if delta.tool_calls:
+            for piece in delta.tool_calls:
+                self._apply_call(choice, piece)
+        text = delta.refusal
+        if text:
+            choice.refusal.add(text)
+            self.nbytes += _utf8_length(text)
+        if delta.finish_reason is not None:
+            choice.finish_reason = delta.finish_reason
+        if delta.usage is not None:
+            self._usage = delta.usage
+        if delta.model is not None:
+            self._model = delta.model
+        if delta.response_id is not None:
+            self._response_id = delta.response_id
+
+    def snapshot(self, epoch: int = 1, seq: int = 0) -> Snapshot:
+        """Return the answer so far, labelled with the position it was folded up to."""
+        choices = tuple(choice.frozen(index) for index, choice in sorted(self._choices.items()))
+        if not choices or choices[0].index != 0:
+            return Snapshot(
+                choices=choices,
+                usage=self._usage,
+                model=self._model,
+                response_id=self._response_id,
+                epoch=epoch,
+                seq=seq,
+            )
+        first = choices[0]
+        return Snapshot(
+            text=first.text,
+            reasoning=first.reasoning,
+            refusal=first.refusal,
+            tool_calls=first.tool_calls,
+            finish_reason=first.finish_reason,
+            choices=choices,
+            usage=self._usage,
+            model=self._model,
+            response_id=self._response_id,
+            epoch=epoch,
+            seq=seq,
+        )
+
+    def _open(self, delta: Delta) -> _Choice:
+        choice = _Choice()
+        # A delta without content (usage, model, the end marker) names choice 0 only by default.
+        if (
+            delta.choice
+            or delta.text
+            or delta.reasoning
+            or delta.refusal
+            or delta.tool_calls
+            or delta.finish_reason is not None
+        ):
+            self._choices[delta.choice] = choice
+            self.nbytes += CHOICE_OVERHEAD_BYTES
+        return choice
+
+    def _apply_call(self, choice: _Choice, piece: ToolCallDelta) -> None:
+        call = choice.calls.get(piece.index)
+        if call is None:
+            call = choice.calls[piece.index] = _Call()
+            self.nbytes += CALL_OVERHEAD_BYTES
+        if piece.id:
+            self.nbytes += _utf8_length(piece.id) - _utf8_length(call.id)
+            call.id = piece.id
+        if piece.name:
+            self.nbytes += _utf8_length(piece.name) - _utf8_length(call.name)
+            call.name = piece.name
+        if piece.arguments:
+            call.arguments.add(piece.arguments)
+            self.nbytes += _utf8_length(piece.arguments)
+
+
+def _utf8_length(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
