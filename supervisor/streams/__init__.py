@@ -1,0 +1,66 @@
+"""The heart: streams, their journals and clocks, the memory manager, and the supervisor that owns them."""
+
+from supervisor.streams.journal import Cursor
+from supervisor.streams.lifecycle import (
+    LIVE_STATES,
+    REASONS,
+    TERMINAL_STATES,
+    TRANSITIONS,
+    Outcome,
+    State,
+    Verdict,
+)
+from supervisor.streams.memory import MemoryStatistics, Reaped, ReapReport
+from supervisor.streams.spec import (
+    Deadlines,
+    Delivery,
+    Limits,
+    MemoryPolicy,
+    OnConflict,
+    OnDetach,
+    Source,
+    monotonic_ids,
+)
+from supervisor.streams.stream import CancelOutcome, CancelResult, Output, Stream, StreamInfo
+from supervisor.streams.subscription import After, Subscription
+from supervisor.streams.supervisor import (
+    Health,
+    Started,
+    Supervisor,
+    SupervisorStatistics,
+    open_supervisor,
+)
+
+__all__ = [
+    "LIVE_STATES",
+    "REASONS",
+    "TERMINAL_STATES",
+    "TRANSITIONS",
+    "After",
+    "CancelOutcome",
+    "CancelResult",
+    "Cursor",
+    "Deadlines",
+    "Delivery",
+    "Health",
+    "Limits",
+    "MemoryPolicy",
+    "MemoryStatistics",
+    "OnConflict",
+    "OnDetach",
+    "Outcome",
+    "Output",
+    "ReapReport",
+    "Reaped",
+    "Source",
+    "Started",
+    "State",
+    "Stream",
+    "StreamInfo",
+    "Subscription",
+    "Supervisor",
+    "SupervisorStatistics",
+    "Verdict",
+    "monotonic_ids",
+    "open_supervisor",
+]

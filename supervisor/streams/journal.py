@@ -1,0 +1,298 @@
+"""The ordered, append-only record of one stream; everything shown to anybody is read from it.
+
+**One writer, any number of readers, no queues.** The stream appends; readers *pull* by cursor. A reader that stalls holds a
+position, two integers, and nothing else: it cannot slow the stream, and nothing is buffered for it. (A channel per reader,
+the usual design, makes either the reader's memory or the writer's speed depend on the slowest reader.)
+
+**Tail and store.** The newest events stay in memory (`Limits.tail_events`, `tail_bytes`); older ones are read back from the
+store. An event leaves memory only when the store has it durably, so between the two there is never a hole. Where both have
+lost an event (retention, or a store that keeps no history) a reader gets `GapError`, never a jump.
+
+**Appending and publishing.** `add` only puts an event in the tail; `publish`, once per read from the wire, hands all new
+events to the store together and wakes the readers. An event is *visible* once published (`delivery="immediate"`) or once
+durable (`delivery="durable"`).
+
+**Closing.** The outcome goes to the store first (`write_outcome`) and becomes visible only when it is durable (`close`). A
+sealed stream appends nothing: `seal` stops `add`, and the outcome takes the seq after the last event.
+
+**Positions.** `seq` counts from 1 without a hole for the whole life of the stream. `epoch` goes up when history is replaced
+(a restart withdraws the text so far; a crash loses what was shown but not yet durable). A cursor `(epoch, seq)` is good as
+long as `seq` was reached in that epoch: then reading on is seamless, whatever the epoch is now. Otherwise the reader has
+seen events that are no longer part of history, and is told so by `GapError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import attrs
+import msgspec
+import trio
+
+from supervisor.dialects import Dialect, UnparseableError
+from supervisor.errors import GapError, StoreError, StreamSealedError
+from supervisor.stores.base import EVENT_OVERHEAD_BYTES, Event, Store
+
+__all__ = ["Cursor", "Journal"]
+
+Waker = Callable[[], None]
+
+
+@attrs.frozen(order=True)
+class Cursor:
+    """A position in a journal: what has been read up to and including `seq`. `Cursor(1, 0)` is before the first event."""
+
+    epoch: int
+    seq: int
+
+
+class Journal:
+    """The journal of one stream. See the module's text for its rules."""
+
+    __slots__ = (
+        "_closed",
+        "_dialect",
+        "_durable_delivery",
+        "_first",
+        "_sealed",
+        "_store",
+        "_tail",
+        "_tail_bytes_limit",
+        "_tail_events_limit",
+        "_to_follow",
+        "_unpublished",
+        "_wakers",
+        "durable_seen",
+        "epoch",
+        "epoch_starts",
+        "failure",
+        "published_seq",
+        "stream_id",
+        "tail_bytes",
+    )
+
+    def __init__(
+        self,
+        stream_id: str,
+        store: Store,
+        *,
+        dialect: Dialect | None,
+        tail_events: int,
+        tail_bytes: int,
+        durable_delivery: bool = False,
+    ) -> None:
+        self.stream_id = stream_id
+        self._store = store
+        self._dialect = dialect
+        self._tail_events_limit = tail_events
+        self._tail_bytes_limit = tail_bytes
+        self._durable_delivery = durable_delivery
+        self._tail: list[Event] = []
+        self._first = 1  # the seq of _tail[0]
+        self._unpublished = 0
+        self._wakers: dict[Waker, None] = {}
+        self._sealed = False
+        self._closed = False
+        self._to_follow = trio.Event()
+        self.tail_bytes = 0
+        self.epoch = 1
+        self.epoch_starts: tuple[tuple[int, int], ...] = ((1, 1),)
+        self.published_seq = 0
+        self.durable_seen = 0
+        """What readers know to be durable, where delivery waits for it."""
+        self.failure: StoreError | None = None
+        """Why the outcome could not be made durable, if it could not: readers raise it."""
+
+    def __repr__(self) -> str:
+        held = f"{self._first}..{self._first + len(self._tail) - 1}" if self._tail else "nothing"
+        return f"<Journal {self.stream_id} at ({self.epoch}, {self.tail_seq}), {held} in memory, {len(self._wakers)} readers>"
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    @property
+    def tail_seq(self) -> int:
+        """The last event there is, visible or not; 0 if none."""
+        return self._first + len(self._tail) - 1
+
+    @property
+    def closed(self) -> bool:
+        """Whether the outcome is visible: nothing will follow."""
+        return self._closed
+
+    def add(self, at: float, kind: str, payload: bytes, name: str = "", text: str = "") -> None:
+        """Put an event into the tail. Raises StreamSealedError once the stream is sealed."""
+        if self._sealed:
+            raise StreamSealedError(self.stream_id)
+        tail = self._tail
+        tail.append(Event(self.epoch, self._first + len(tail), at, kind, payload, name, text))
+        self.tail_bytes += len(payload) + len(name) + len(text) + EVENT_OVERHEAD_BYTES
+        self._unpublished += 1
+
+    def publish(self) -> bool:
+        """Hand the new events to the store and wake the readers. False if there were none."""
+        count = self._unpublished
+        if not count:
+            return False
+        self._store.append(self.stream_id, self._tail[-count:])
+        self._unpublished = 0
+        self.published_seq = self._first + len(self._tail) - 1
+        if len(self._tail) > self._tail_events_limit or self.tail_bytes > self._tail_bytes_limit:
+            self._trim()
+        if self._durable_delivery:
+            self._to_follow.set()
+        else:
+            self._wake()
+        return True
+
+    def new_epoch(self) -> None:
+        """Start a new epoch with the next event: the history before it has been replaced."""
+        self.epoch += 1
+        self.epoch_starts += ((self.epoch, self.tail_seq + 1),)
+
+    def seal(self) -> None:
+        """Publish what was added, and take nothing more."""
+        self.publish()
+        self._sealed = True
+
+    def write_outcome(self, event: Event, *, state: str, ended_at: float) -> None:
+        """Hand the outcome to the store; `close` makes it visible once it is durable."""
+        assert event.seq == self.tail_seq + 1, "the outcome is the next event of the journal"
+        self._store.end(self.stream_id, event, state=state, ended_at=ended_at)
+
+    def close(self, event: Event) -> None:
+        """Make the durable outcome visible, and wake the readers."""
+        self._tail.append(event)
+        self.tail_bytes += event.nbytes
+        self.published_seq = self.durable_seen = event.seq
+        self._closed = True
+        self._to_follow.set()
+        self._wake()
+
+    def fail(self, error: StoreError) -> None:
+        """Give up on the outcome: readers get the error after the last event."""
+        self.failure = error
+        self._to_follow.set()
+        self._wake()
+
+    async def follow_durability(self) -> None:
+        """Show readers what has become durable, where delivery waits for it, until the journal is closed or has failed.
+
+        A store that cannot make it durable is reported by the outcome, which waits for the same.
+        """
+        while not self._closed and self.failure is None:
+            seq = self.published_seq
+            if seq > self.durable_seen:
+                await self._store.wait_durable(self.stream_id, seq)
+                self.durable_seen = max(seq, self.durable_seen)
+                self._wake()
+            else:
+                self._to_follow = trio.Event()
+                await self._to_follow.wait()
+
+    def restore(self, *, last_seq: int, epoch_starts: tuple[tuple[int, int], ...]) -> None:
+        """Become the journal of an ended stream: everything is in the store."""
+        self._first = last_seq + 1
+        self.published_seq = self.durable_seen = last_seq
+        self.epoch_starts = epoch_starts
+        self.epoch = epoch_starts[-1][0]
+        self._sealed = self._closed = True
+
+    def release_tail(self) -> None:
+        """Let go of the tail of a closed journal: from now on it is read from the store."""
+        self._first += len(self._tail)
+        self._tail.clear()
+        self.tail_bytes = 0
+
+    def _trim(self) -> None:
+        durable = self._store.durable_seq(self.stream_id)
+        tail, drop, freed = self._tail, 0, 0
+        while (
+            drop < len(tail) - 1
+            and tail[drop].seq <= durable
+            and (
+                len(tail) - drop > self._tail_events_limit or self.tail_bytes - freed > self._tail_bytes_limit
+            )
+        ):
+            freed += tail[drop].nbytes
+            drop += 1
+        del tail[:drop]
+        self._first += drop
+        self.tail_bytes -= freed
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    @property
+    def visible_seq(self) -> int:
+        """The last event a reader may see."""
+        return self.durable_seen if self._durable_delivery else self.published_seq
+
+    def check(self, cursor: Cursor) -> None:
+        """Raise GapError unless the cursor's position is part of this history."""
+        reached = self.visible_seq
+        for epoch, first in self.epoch_starts:
+            if epoch == cursor.epoch + 1:
+                reached = min(reached, first - 1)
+        if not (1 <= cursor.epoch <= self.epoch and 0 <= cursor.seq <= reached):
+            raise self._gap(cursor, earliest=1)
+
+    def take(self, after_seq: int, max_events: int) -> Sequence[Event] | None:
+        """Return the visible events after `after_seq` that are in memory: `()` if none is new, None if the store must be read."""
+        visible = self.visible_seq
+        if after_seq >= visible:
+            return ()
+        start = after_seq + 1 - self._first
+        if start < 0:
+            return None
+        return self._tail[start : min(start + max_events, visible + 1 - self._first)]
+
+    async def fetch(self, cursor: Cursor, max_events: int) -> Sequence[Event]:
+        """Read the events after the cursor from the store, with their text. Raises GapError if they are gone."""
+        events = await self._store.read(self.stream_id, after_seq=cursor.seq, limit=max_events)
+        visible = self.visible_seq
+        events = [event for event in events if event.seq <= visible]
+        if not events or events[0].seq != cursor.seq + 1:
+            again = self.take(
+                cursor.seq, max_events
+            )  # the tail may reach the cursor: the store answers as of its last commit
+            if again:
+                return again
+            raise self._gap(cursor, earliest=events[0].seq if events else self._first)
+        return events if self._dialect is None else _with_text(events, self._dialect)
+
+    def add_waker(self, waker: Waker) -> None:
+        """Call `waker` whenever something new may be visible. It must be quick and must not raise."""
+        self._wakers[waker] = None
+
+    def remove_waker(self, waker: Waker) -> None:
+        """Stop calling `waker`."""
+        self._wakers.pop(waker, None)
+
+    def _wake(self) -> None:
+        for waker in tuple(self._wakers):
+            waker()
+
+    def _gap(self, cursor: Cursor, *, earliest: int) -> GapError:
+        return GapError(
+            stream_id=self.stream_id,
+            epoch=self.epoch,
+            after_epoch=cursor.epoch,
+            after_seq=cursor.seq,
+            earliest_seq=earliest,
+            tail_seq=self.visible_seq,
+        )
+
+
+def _with_text(events: Sequence[Event], dialect: Dialect) -> list[Event]:
+    """Derive again what `Event.text` said when the event was new. What a reader keeps between events is not text."""
+    reader = dialect.reader()
+    told = []
+    for event in events:
+        text = event.text
+        if event.kind == "data" and not text:
+            try:
+                deltas = reader.read(event.payload, event.name or "message")
+            except UnparseableError:  # it could be read once, after events that this page does not hold
+                deltas = ()
+            text = "".join(delta.text for delta in deltas if not delta.choice)
+        told.append(event if text == event.text else msgspec.structs.replace(event, text=text))
+    return told

@@ -1,0 +1,234 @@
+"""What a stream is asked to be: options with their defaults, all validated where they are made.
+
+Every option is keyword-only and has a documented default; a bad one raises `ConfigurationError` naming the field, the value
+and what would be right. Times are seconds and end in `_s`, sizes are bytes and end in `_bytes`.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+
+import attrs
+
+from supervisor.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from supervisor.streams.stream import Output
+
+__all__ = [
+    "Deadlines",
+    "Delivery",
+    "IdFactory",
+    "Limits",
+    "MemoryPolicy",
+    "OnConflict",
+    "OnDetach",
+    "Source",
+    "StreamSpec",
+    "monotonic_ids",
+]
+
+OnConflict = Literal["attach", "reject", "replace"]
+Delivery = Literal["immediate", "durable"]
+DetachMode = Literal["keep", "cancel"]
+WhenFull = Literal["reject", "reap_oldest"]
+IdFactory = Callable[[], str]
+
+MAX_KEY_CHARS = 256
+MAX_LABELS = 32
+MAX_LABEL_CHARS = 256
+
+
+class Source(Protocol):
+    """The async callable that feeds a stream.
+
+    It runs in the stream's own nursery and cancel scope. It may carry `dialect` (a `Dialect`) and `upstream` (a name) as
+    attributes. When the stream is sealed it sees `trio.Cancelled` at its next checkpoint and must let it pass.
+    """
+
+    async def __call__(self, out: Output, /) -> None:
+        """Feed `out` until there is nothing more."""
+        ...
+
+
+# --- validators ------------------------------------------------------------------------------------------------------
+
+
+def _named(instance: object, attribute: attrs.Attribute[Any]) -> str:
+    return f"{type(instance).__name__}.{attribute.name}"
+
+
+def _positive_or_none(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None and not (_is_number(value) and value > 0):
+        raise ConfigurationError(_named(instance, attribute), value, "a number above 0, or None for no limit")
+
+
+def _positive(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not (_is_number(value) and value > 0):
+        raise ConfigurationError(_named(instance, attribute), value, "a number above 0")
+
+
+def _not_negative(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not (_is_number(value) and value >= 0):
+        raise ConfigurationError(_named(instance, attribute), value, "a number, 0 or more")
+
+
+def _whole(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(_named(instance, attribute), value, "a whole number, 1 or more")
+
+
+def _whole_or_none(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None:
+        _whole(instance, attribute, value)
+
+
+def _one_of(*values: str) -> Callable[[object, attrs.Attribute[Any], object], None]:
+    def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if value not in values:
+            raise ConfigurationError(_named(instance, attribute), value, " or ".join(map(repr, values)))
+
+    return check
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Deadlines:
+    """The four clocks, in seconds; None turns one off. A clock that runs out ends the stream as `expired`."""
+
+    connect_s: float | None = attrs.field(default=10.0, validator=_positive_or_none)
+    """From the start of an attempt until the request is sent. Each attempt has its own."""
+    first_event_s: float | None = attrs.field(default=120.0, validator=_positive_or_none)
+    """From there until the first event."""
+    idle_s: float | None = attrs.field(default=60.0, validator=_positive_or_none)
+    """Between two events. A keep-alive comment counts as one; bytes that complete nothing do not."""
+    total_s: float | None = attrs.field(default=3600.0, validator=_positive_or_none)
+    """From the start of the stream, attempts and waits between them included."""
+
+
+@attrs.frozen(kw_only=True)
+class OnDetach:
+    """What happens when nobody reads a stream: `keep` it, or `cancel` it once it was without a reader for `grace_s`.
+
+    The grace also runs from the start until the first reader attaches.
+    """
+
+    mode: DetachMode = attrs.field(default="keep", validator=_one_of(*get_args(DetachMode)))
+    grace_s: float = attrs.field(default=30.0, validator=_not_negative)
+
+
+@attrs.frozen(kw_only=True)
+class Limits:
+    """What bounds a supervisor and each of its streams."""
+
+    max_live: int = attrs.field(default=10_000, validator=_whole)
+    """Live streams. One more start is rejected with AdmissionError, or reaps the oldest: see `when_full`."""
+    when_full: WhenFull = attrs.field(default="reject", validator=_one_of(*get_args(WhenFull)))
+    retry_after_s: float = attrs.field(default=1.0, validator=_positive)
+    """What a rejected start is told."""
+    tail_events: int = attrs.field(default=1024, validator=_whole)
+    """Newest events of a live stream kept in memory; older ones are read from the store."""
+    tail_bytes: int = attrs.field(default=256 << 10, validator=_whole)
+    max_tombstones: int = attrs.field(default=10_000, validator=_whole)
+    """Cancels remembered for keys not seen yet; the oldest makes room."""
+    tombstone_s: float = attrs.field(default=60.0, validator=_positive)
+    max_finished: int = attrs.field(default=1000, validator=_whole)
+    """Ended streams kept in memory (their keys stay claimed meanwhile); the store keeps its own."""
+    finished_s: float | None = attrs.field(default=3600.0, validator=_positive_or_none)
+    max_readers: int = attrs.field(default=1000, validator=_whole)
+    """Subscriptions of one stream."""
+    max_event_bytes: int = attrs.field(default=4 << 20, validator=_whole)
+    """One event, as added by a source."""
+    cleanup_s: float = attrs.field(default=5.0, validator=_positive)
+    """How long a source may take to unwind after the seal before its stream is settled without it."""
+    settle_s: float = attrs.field(default=60.0, validator=_positive)
+    """How long an outcome may take to become durable before `wait` raises StoreError."""
+
+
+@attrs.frozen(kw_only=True)
+class MemoryPolicy:
+    """What the memory manager reaps, oldest stream first; None turns a rule off. Nothing but bytes is limited by default."""
+
+    max_age_s: float | None = attrs.field(default=None, validator=_positive_or_none)
+    stale_s: float | None = attrs.field(default=None, validator=_positive_or_none)
+    """Seconds without an event."""
+    max_count: int | None = attrs.field(default=None, validator=_whole_or_none)
+    """Live streams; more than that are reaped, where `Limits.max_live` refuses them."""
+    max_stream_bytes: int | None = attrs.field(default=64 << 20, validator=_whole_or_none)
+    """Bytes one stream holds in memory: its tail and its fold."""
+    max_bytes: int | None = attrs.field(default=1 << 30, validator=_whole_or_none)
+    """Bytes all live streams hold in memory."""
+    sweep_every_s: float = attrs.field(default=1.0, validator=_positive)
+
+
+def _key(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None and not (isinstance(value, str) and 0 < len(value) <= MAX_KEY_CHARS):
+        raise ConfigurationError("key", value, f"a string of 1 to {MAX_KEY_CHARS} characters, or None")
+
+
+def _labels(instance: object, attribute: attrs.Attribute[Any], value: Mapping[str, str]) -> None:
+    good = len(value) <= MAX_LABELS and all(
+        isinstance(name, str) and isinstance(text, str) and 0 < len(name) <= MAX_LABEL_CHARS >= len(text)
+        for name, text in value.items()
+    )
+    if not good:
+        raise ConfigurationError(
+            "labels",
+            dict(value),
+            f"at most {MAX_LABELS} pairs of strings of at most {MAX_LABEL_CHARS} characters",
+        )
+
+
+def _as_labels(value: Mapping[str, str] | None) -> Mapping[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigurationError("labels", value, "a mapping of strings to strings")
+    return dict(value)
+
+
+@attrs.frozen(kw_only=True)
+class StreamSpec:
+    """What is known of a stream before it starts; kept with it, and written to the store as its head."""
+
+    key: str | None = attrs.field(default=None, validator=_key)
+    upstream: str | None = None
+    dialect: str = "native"
+    labels: Mapping[str, str] = attrs.field(default=None, converter=_as_labels, validator=_labels)
+    deadlines: Deadlines = attrs.field(factory=Deadlines, validator=attrs.validators.instance_of(Deadlines))
+    on_detach: OnDetach = attrs.field(factory=OnDetach, validator=attrs.validators.instance_of(OnDetach))
+    delivery: Delivery = attrs.field(default="immediate", validator=_one_of(*get_args(Delivery)))
+    meta: Mapping[str, Any] = attrs.field(factory=dict)
+    """Small facts for the record, such as the model asked for. JSON values."""
+
+
+# --- ids -------------------------------------------------------------------------------------------------------------
+
+_BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's alphabet, lower case: sorts as the number does
+
+
+def monotonic_ids(clock: Callable[[], float] = time.time) -> IdFactory:
+    """Return a maker of ids that sort by the time they were made: 26 characters, a ULID in lower case.
+
+    Within one millisecond, and when the clock goes back, the random part counts up instead
+    (https://github.com/ulid/spec, "Monotonicity").
+    """
+    last = 0
+
+    def new_id() -> str:
+        nonlocal last
+        fresh = (int(clock() * 1000) << 80) | secrets.randbits(79)
+        last = fresh if fresh > last else last + 1
+        return "".join(_BASE32[(last >> shift) & 31] for shift in range(125, -5, -5))
+
+    return new_id

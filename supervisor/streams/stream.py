@@ -1,0 +1,788 @@
+"""One supervised stream: a nursery, a cancel scope, clocks, a journal, and the way from seal to outcome.
+
+**The task.** `Stream.run` is one task in the supervisor's root nursery. Its cancel scope exists before the task does, so a
+stop that comes before the first step is not lost. Inside the scope is the stream's own nursery, in which the source runs;
+`seal` cancels the scope, and leaving the nursery is what closes the wire, because the source closes it in its `finally`.
+
+**What ends it.** Whoever calls `seal` first: the source (a terminal marker, a fault), a stop, a clock, a reap. If the source
+ends without a seal, then how it ended is the verdict: an exception is `failed(source_error)`; a return is
+`completed` for a program's own source, and for a source that reads a wire `failed(truncated)`, for no marker was seen.
+
+**Ours and theirs.** The scope catches only its own cancellation. The embedding program's `Cancelled` comes out of the scope,
+seals the stream as `cancelled(shutdown)` with the actor `parent`, and goes on unchanged after a bounded, shielded settling.
+
+**Settling.** Once the source has unwound (or after `Limits.cleanup_s` without it: then the watchdog settles the stream,
+and the task that will not end only keeps its own nursery), the outcome is written, waited for until durable, and only then
+announced: to `wait`, to readers, to whoever asked for the stop.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+import msgspec
+import trio
+
+from supervisor.dialects import Delta, Dialect, Fault, Fold, Snapshot
+from supervisor.dialects.native import encode
+from supervisor.errors import (
+    AdmissionError,
+    ConfigurationError,
+    StoreError,
+    StreamSealedError,
+    SupervisorError,
+)
+from supervisor.stores.base import Event
+from supervisor.streams.clocks import ClockKind, Clocks
+from supervisor.streams.journal import Cursor, Journal
+from supervisor.streams.lifecycle import Lifecycle, Outcome, State, Verdict
+from supervisor.streams.spec import Source, StreamSpec
+from supervisor.streams.subscription import After, Subscription
+
+if TYPE_CHECKING:
+    from supervisor.streams.supervisor import Supervisor
+
+__all__ = ["CancelOutcome", "CancelResult", "Output", "Stream", "StreamInfo"]
+
+_log = logging.getLogger("supervisor.streams")
+
+CancelOutcome = Literal["won", "already_terminal", "requested", "tombstoned"]
+_MAX_SKIPPED_BYTES = 4096  # of an unparseable payload, what the journal keeps
+
+
+@attrs.frozen(kw_only=True)
+class CancelResult:
+    """What a cancel came to, answered from the settled state.
+
+    `won`: the stream ended by this cancel. `already_terminal`: it had ended, or something else sealed first.
+    `requested`: it is still stopping (`wait_s` passed, or its drain budget runs). `tombstoned`: the key has not been
+    seen yet; a start with it will be cancelled at once.
+    """
+
+    outcome: CancelOutcome
+    id: str | None
+    key: str | None
+    state: State | None
+    reason: str | None
+
+
+@attrs.frozen(kw_only=True)
+class StreamInfo:
+    """A stream at one moment."""
+
+    id: str
+    key: str | None
+    state: State
+    reason: str | None
+    """Refines a terminal state."""
+    upstream: str | None
+    dialect: str
+    labels: Mapping[str, str]
+    meta: Mapping[str, Any]
+    delivery: str
+    created_at: float
+    """Seconds since the Unix epoch."""
+    ended_at: float | None
+    age_s: float
+    """From start until now, or until the end."""
+    idle_s: float | None
+    """Since the last event; None once the stream has ended."""
+    attempts: int
+    events: int
+    skipped: int
+    readers: int
+    bytes_held: int
+    """Held in memory for this stream: its tail and its fold."""
+    epoch: int
+    tail_seq: int
+    """The last event readers may see."""
+    durable_seq: int
+    outcome: Outcome | None
+
+
+class Output:
+    """What a source writes to.
+
+    A program's own source uses `send`, and `finish` to say how it ended. A source that reads a wire uses the rest: it is
+    the sink of `supervisor.dialects.reading.BodyReader`.
+    """
+
+    __slots__ = ("_clocks", "_fold", "_journal", "_store", "_stream", "_streaming", "id", "nursery")
+
+    def __init__(self, stream: Stream, nursery: trio.Nursery) -> None:
+        self._stream = stream
+        self._journal = stream._journal  # noqa: SLF001  # the source's half of the stream, as is all below
+        self._fold = stream._fold  # noqa: SLF001
+        self._clocks = stream._clocks  # noqa: SLF001
+        self._store = stream._supervisor.store  # noqa: SLF001
+        self._streaming = False
+        self.id = stream.id
+        self.nursery = nursery
+        """The stream's own nursery, for the source's helpers: they end with the stream."""
+
+    def __repr__(self) -> str:
+        return f"<Output of {self._stream!r}>"
+
+    @property
+    def stream(self) -> Stream:
+        """The stream this feeds."""
+        return self._stream
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the stream's ending is decided: stop, and let `trio.Cancelled` pass."""
+        return self._stream._lifecycle.sealed  # noqa: SLF001
+
+    # --- a program's own source --------------------------------------------------------------------------------------
+
+    async def send(self, item: str | Delta | Mapping[str, Any]) -> None:
+        """Add an event: text, a `Delta`, or any JSON object (whose fields named as in `Delta` are folded).
+
+        A checkpoint: here the source is cancelled when the stream is stopped, and slowed while the store is behind. A
+        cancel adds nothing. Raises ConfigurationError for an item it cannot encode, or one over `Limits.max_event_bytes`.
+        """
+        await trio.lowlevel.checkpoint()
+        if self._store.congested:
+            await self._store.wait_flow()
+        self.send_nowait(item)
+
+    def send_nowait(self, item: str | Delta | Mapping[str, Any]) -> None:
+        """Add an event without a checkpoint or back-pressure. Raises StreamSealedError once the stream is sealed."""
+        if self._stream._spec.dialect != "native":  # noqa: SLF001
+            raise ConfigurationError(
+                "dialect", self._stream.dialect, "'native' (the default) for a source that uses send"
+            )
+        payload, deltas = encode(item)
+        self.append(payload, "", deltas)
+        self.flush()
+
+    def finish(self, reason: str = "stop") -> bool:
+        """End the stream as completed. True if this decided its ending. The source is cancelled at its next checkpoint."""
+        return self.complete(reason)
+
+    # --- a source that reads a wire ----------------------------------------------------------------------------------
+
+    def attempt(self, number: int, *, cause: str | None = None, delay_s: float = 0.0, **details: Any) -> None:
+        """Journal the start of an attempt; its connect clock starts. `details` are JSON values."""
+        self._stream._attempts = number  # noqa: SLF001
+        record = {"attempt": number, "cause": cause, "delay_s": delay_s, **details}
+        self._journal.add(time.time(), "attempt", msgspec.json.encode(record))
+        self._streaming = False
+        self._stream._enter(State.CONNECTING, "connect")  # noqa: SLF001
+        self.flush()
+
+    def waiting(self) -> None:
+        """Between two attempts: only the total clock runs."""
+        self._stream._enter(State.CONNECTING, None)  # noqa: SLF001
+
+    def connected(self) -> None:
+        """Say that the request is sent: the first-event clock starts."""
+        if not self._streaming:
+            self._stream._enter(State.CONNECTING, "first_event")  # noqa: SLF001
+
+    def note(self, **details: Any) -> None:
+        """Journal a fact about the stream that is not part of the answer. `details` are JSON values."""
+        self._journal.add(time.time(), "note", msgspec.json.encode(details))
+        self.flush()
+
+    def append(self, payload: bytes, name: str, deltas: tuple[Delta, ...]) -> None:
+        """Add one wire event and fold its deltas. Not published before `flush`. Raises StreamSealedError once sealed."""
+        text = ""
+        if len(deltas) == 1 and not deltas[0].choice:
+            text = deltas[0].text
+        elif deltas:
+            text = "".join(delta.text for delta in deltas if not delta.choice)
+        if len(payload) > self._stream._max_event_bytes:  # noqa: SLF001
+            raise ConfigurationError(
+                "event",
+                payload[:64],
+                f"at most {self._stream._max_event_bytes} bytes (Limits.max_event_bytes), not {len(payload)}",  # noqa: SLF001
+            )
+        self._journal.add(time.time(), "data", payload, name, text)
+        for delta in deltas:
+            self._fold.apply(delta)
+        if not self._streaming:
+            self._streaming = True
+            self._stream._enter(State.STREAMING, "idle")  # noqa: SLF001
+        self._stream._events += 1  # noqa: SLF001
+
+    def skip(self, payload: bytes, why: str) -> None:
+        """Count and journal a payload that could not be read."""
+        self._stream._skipped += 1  # noqa: SLF001
+        kept = payload[:_MAX_SKIPPED_BYTES]
+        record: dict[str, Any] = {"why": why, "bytes": len(payload)}
+        try:
+            record["payload"] = kept.decode()
+        except UnicodeDecodeError:
+            record["payload_b64"] = base64.b64encode(kept).decode()
+        self._journal.add(time.time(), "skipped", msgspec.json.encode(record))
+
+    def touch(self) -> None:
+        """Note that the upstream shows life without an event."""
+        self._clocks.touched = trio.current_time()
+
+    def mark(self, reason: str) -> None:
+        """Note that the answer has ended as far as seen: unless an error follows, whatever ends the body completes it."""
+        self._stream._marked = reason  # noqa: SLF001
+
+    def complete(self, reason: str) -> bool:
+        """Seal the stream as completed. True if this decided its ending."""
+        return self._stream._seal(Verdict(state=State.COMPLETED, reason=reason))  # noqa: SLF001
+
+    def fail(self, reason: str, fault: Fault) -> bool:
+        """Seal the stream as failed, everything received kept. True if this decided its ending."""
+        return self._stream._seal(  # noqa: SLF001
+            Verdict(state=State.FAILED, reason=reason, fault=fault, message=fault.message)
+        )
+
+    def flush(self) -> None:
+        """Publish what was appended: once per read, not per event."""
+        if self._journal.publish():
+            self._stream._published()  # noqa: SLF001
+
+    @property
+    def congested(self) -> bool:
+        """Whether the store is behind: a source should `await flow()` before it reads on."""
+        return self._store.congested
+
+    async def flow(self) -> None:
+        """Wait until the store has caught up. Cancel-safe."""
+        await self._store.wait_flow()
+
+
+class Stream:
+    """A supervised stream, live or ended. Made by `Supervisor.start`, never directly."""
+
+    __slots__ = (
+        "__weakref__",
+        "_attempts",
+        "_clocks",
+        "_events",
+        "_finishing",
+        "_fold",
+        "_held",
+        "_journal",
+        "_last_event",
+        "_lifecycle",
+        "_marked",
+        "_max_event_bytes",
+        "_outcome",
+        "_readers",
+        "_restored",
+        "_scope",
+        "_sealed_at",
+        "_settled",
+        "_skipped",
+        "_source",
+        "_spec",
+        "_started",
+        "_stop",
+        "_supervisor",
+        "cleanup_error",
+        "created_at",
+        "id",
+    )
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        stream_id: str,
+        spec: StreamSpec,
+        source: Source | None,
+        *,
+        dialect: Dialect | None,
+        created_at: float | None = None,
+    ) -> None:
+        limits = supervisor.limits
+        now = trio.current_time()
+        self.id = stream_id
+        self.created_at = time.time() if created_at is None else created_at
+        """When it was started: seconds since the Unix epoch."""
+        self._supervisor = supervisor
+        self._spec = spec
+        self._source = source
+        self._max_event_bytes = limits.max_event_bytes
+        self._lifecycle = Lifecycle()
+        self._journal = Journal(
+            stream_id,
+            supervisor.store,
+            dialect=dialect,
+            tail_events=limits.tail_events,
+            tail_bytes=limits.tail_bytes,
+            durable_delivery=spec.delivery == "durable",
+        )
+        self._fold = Fold()
+        self._clocks = Clocks(spec.deadlines, now)
+        self._scope = trio.CancelScope()
+        self._settled = trio.Event()
+        self._started = now
+        self._last_event = now
+        self._sealed_at: float | None = None
+        self._stop: Verdict | None = None  # what a drain will end in
+        self._marked: str | None = None
+        self._outcome: Outcome | None = None
+        self._readers = 0
+        self._attempts = 0
+        self._events = 0
+        self._skipped = 0
+        self._held = 0
+        self._finishing = False
+        self._restored = False
+        self.cleanup_error: str | None = None
+
+    def __repr__(self) -> str:
+        key = f" key={self.key!r}" if self.key is not None else ""
+        return f"<Stream {self.id}{key} {self.state} {self._journal.published_seq} events, {self._readers} readers>"
+
+    # --- what anybody may see ----------------------------------------------------------------------------------------
+
+    @property
+    def key(self) -> str | None:
+        """The caller-chosen key."""
+        return self._spec.key
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """The caller's labels."""
+        return self._spec.labels
+
+    @property
+    def upstream(self) -> str | None:
+        """The name of the upstream it is read from."""
+        return self._spec.upstream
+
+    @property
+    def dialect(self) -> str:
+        """The name of the dialect it is read in."""
+        return self._spec.dialect
+
+    @property
+    def state(self) -> State:
+        """The state, as durable as anything that is shown: `stopping` until the outcome is."""
+        return self._lifecycle.visible
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """The outcome, once it is durable."""
+        return self._outcome
+
+    @property
+    def epoch(self) -> int:
+        """The journal's epoch."""
+        return self._journal.epoch
+
+    @property
+    def tail_seq(self) -> int:
+        """The last event readers may see; 0 if none."""
+        return self._journal.visible_seq
+
+    def info(self) -> StreamInfo:
+        """Describe the stream at this moment."""
+        now = trio.current_time()
+        outcome = self._outcome
+        return StreamInfo(
+            id=self.id,
+            key=self.key,
+            state=self.state,
+            reason=outcome.reason if outcome is not None else None,
+            upstream=self.upstream,
+            dialect=self.dialect,
+            labels=self._spec.labels,
+            meta=self._spec.meta,
+            delivery=self._spec.delivery,
+            created_at=self.created_at,
+            ended_at=outcome.ended_at if outcome is not None else None,
+            age_s=outcome.duration_s if outcome is not None else now - self._started,
+            idle_s=None if outcome is not None else now - self._last_event,
+            attempts=outcome.attempts if outcome is not None else self._attempts,
+            events=outcome.events if outcome is not None else self._events,
+            skipped=outcome.skipped if outcome is not None else self._skipped,
+            readers=self._readers,
+            bytes_held=self._held,
+            epoch=self._journal.epoch,
+            tail_seq=self._journal.visible_seq,
+            durable_seq=self._journal.visible_seq
+            if self._journal.closed
+            else min(self._supervisor.store.durable_seq(self.id), self._journal.visible_seq),
+            outcome=outcome,
+        )
+
+    def subscribe(self, after: After = "start", *, max_batch: int = 256) -> Subscription:
+        """Read the stream from a position: `"start"`, `"tail"` (only what is new), `"snapshot"`, or after a `Cursor`.
+
+        Raises GapError if the cursor is not part of this stream's history. Does not block; enter the result to read.
+        """
+        return Subscription(self, self._journal, after, max_batch=max_batch)
+
+    async def wait(self) -> Outcome:
+        """Wait for the outcome. Raises StoreError if it could not be made durable. Cancelling the wait stops nothing."""
+        await self._settled.wait()
+        if self._journal.failure is not None:
+            raise self._journal.failure
+        assert self._outcome is not None, "a settled stream has an outcome or a store error"
+        return self._outcome
+
+    def snapshot(self) -> Snapshot:
+        """Return the fold of everything received so far.
+
+        Raises SupervisorError for an ended stream that is no longer in memory: `read_snapshot` reads it from the store.
+        """
+        if self._restored:
+            raise SupervisorError(
+                f"stream {self.id} is no longer in memory; use `await stream.read_snapshot()`"
+            )
+        return self._fold.snapshot(epoch=self._journal.epoch, seq=self._journal.tail_seq)
+
+    async def read_snapshot(self) -> Snapshot:
+        """Return the fold, from memory or by reading the stored journal. Raises GapError if part of that is gone."""
+        if not self._restored:
+            await trio.lowlevel.checkpoint()
+            return self.snapshot()
+        fold, dialect = Fold(), self._supervisor.dialect(self.dialect)
+        reader = dialect.reader()
+        cursor, last = Cursor(1, 0), self._journal.visible_seq
+        while cursor.seq < last:
+            for event in await self._journal.fetch(cursor, 1024):
+                if event.kind == "attempt":
+                    reader = dialect.reader()
+                elif event.kind == "data":
+                    for delta in reader.read(event.payload, event.name or "message"):
+                        fold.apply(delta)
+                cursor = Cursor(event.epoch, event.seq)
+        return fold.snapshot(epoch=cursor.epoch, seq=cursor.seq)
+
+    async def recorded(self) -> None:
+        """Wait until a crash can no longer lose that this stream was started. Raises StoreError."""
+        if self._journal.closed:
+            await trio.lowlevel.checkpoint()
+        else:
+            await self._supervisor.store.wait_durable(self.id, 0)
+
+    async def cancel(
+        self,
+        *,
+        reason: str = "",
+        actor: str | None = None,
+        mode: Literal["abort", "drain"] = "abort",
+        drain_s: float = 10.0,
+        wait_s: float = 5.0,
+    ) -> CancelResult:
+        """Stop the stream, and tell what that came to. Idempotent.
+
+        The stop itself happens before this function's first checkpoint: cancelling the call does not take it back.
+        `mode="drain"` lets the answer end by itself for `drain_s` first. Waits at most `wait_s` for the outcome to be
+        durable. `reason` is free text for the outcome's message. Raises StoreError if the outcome could not be recorded.
+        """
+        verdict = self.request_stop(reason=reason, actor=actor, mode=mode, drain_s=drain_s)
+        return await self.stopped(verdict, wait_s=wait_s)
+
+    def request_stop(
+        self,
+        *,
+        reason: str = "",
+        actor: str | None = None,
+        mode: Literal["abort", "drain"] = "abort",
+        drain_s: float = 10.0,
+    ) -> Verdict:
+        """Make the synchronous part of `cancel`: give the result to `stopped` to learn what it came to."""
+        if mode not in ("abort", "drain"):
+            raise ConfigurationError("mode", mode, "'abort' or 'drain'")
+        verdict = Verdict(state=State.CANCELLED, reason="requested", actor=actor, message=reason)
+        if mode == "abort":
+            self._seal(verdict)
+        elif not self._lifecycle.sealed and self._stop is None:
+            self._stop = verdict
+            self._lifecycle.advance(State.STOPPING)
+            self._clocks.set("drain", trio.current_time() + drain_s)
+            self._supervisor.watchdog.arm(self)
+        return verdict
+
+    async def stopped(self, verdict: Verdict, *, wait_s: float = 5.0) -> CancelResult:
+        """Wait at most `wait_s` for the outcome, and tell what the stop that `request_stop` returned came to."""
+        with trio.move_on_after(wait_s):
+            await self._settled.wait()
+        if self._journal.failure is not None:
+            raise self._journal.failure
+        outcome: CancelOutcome = "requested"
+        if self._outcome is not None:
+            outcome = "won" if self._lifecycle.verdict is verdict else "already_terminal"
+        return CancelResult(
+            outcome=outcome,
+            id=self.id,
+            key=self.key,
+            state=self.state,
+            reason=self._outcome.reason if self._outcome is not None else None,
+        )
+
+    # --- the machinery -----------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Run the stream to its outcome: the one task of a stream. Raises only what belongs to the embedding program."""
+        passing: BaseException | None = None
+        try:
+            await self._run_source()
+        except BaseException as error:  # noqa: BLE001  # split by whose it is; theirs is raised again below
+            passing = self._source_raised(error)
+        await self._finish()
+        if passing is not None:
+            raise passing
+
+    async def _run_source(self) -> None:
+        if self._lifecycle.sealed:  # stopped before its first step: the source never runs
+            return
+        assert self._source is not None, "only a live stream runs"
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                self._enter(State.CONNECTING, "first_event")
+                await self._source(Output(self, nursery))
+        if not self._lifecycle.sealed:
+            self._seal(self._source_returned())
+
+    def _source_returned(self) -> Verdict:
+        if self._marked is not None:
+            return Verdict(state=State.COMPLETED, reason=self._marked)
+        if self._spec.dialect == "native" or self._supervisor.dialect(self.dialect).framing == "none":
+            finish_reason = self._fold.snapshot().finish_reason
+            return Verdict(state=State.COMPLETED, reason=finish_reason or "done")
+        fault = Fault(kind="truncated", message="the source ended without the answer's terminal marker")
+        return Verdict(state=State.FAILED, reason="truncated", message=fault.message, fault=fault)
+
+    def _source_raised(self, error: BaseException) -> BaseException | None:
+        """Seal by what the source raised, and return the part of it that is not the source's own."""
+        if isinstance(error, BaseExceptionGroup):
+            ours, theirs = error.split(Exception)
+        elif isinstance(error, Exception):
+            ours, theirs = error, None
+        else:
+            ours, theirs = None, error
+        if ours is not None and not _only_sealed(ours):
+            message = _told(ours)
+            if self._seal(Verdict(state=State.FAILED, reason="source_error", message=message)):
+                _log.warning("stream %s: its source raised: %s", self.id, message, exc_info=ours)
+            else:
+                self.cleanup_error = message
+                _log.warning(
+                    "stream %s: its source raised after the seal: %s", self.id, message, exc_info=ours
+                )
+        if theirs is not None:
+            self._seal(Verdict(state=State.CANCELLED, reason="shutdown", actor="parent"))
+        return theirs
+
+    def _enter(self, state: State, phase: Literal["connect", "first_event", "idle"] | None) -> None:
+        self._lifecycle.advance(state)
+        self._clocks.begin(phase, trio.current_time())
+        if not self._lifecycle.sealed:
+            self._supervisor.watchdog.arm(self)
+
+    def _published(self) -> None:
+        self._last_event = self._clocks.touched = trio.current_time()
+        held = self._journal.tail_bytes + self._fold.nbytes
+        self._supervisor.memory.account(self, held - self._held)
+        self._held = held
+
+    def _seal(self, verdict: Verdict) -> bool:
+        """Decide the ending, first writer wins, and start the end: nothing is added from here on. No await inside."""
+        if not self._lifecycle.seal(verdict):
+            return False
+        self._sealed_at = time.time()
+        if self._journal.publish():
+            self._published()
+        self._journal.seal()
+        self._clocks.stop()
+        self._clocks.set("cleanup", trio.current_time() + self._supervisor.limits.cleanup_s)
+        self._supervisor.watchdog.arm(self)
+        self._supervisor.stream_sealed(self)
+        self._scope.cancel(reason=f"stream sealed: {verdict.state}({verdict.reason})")
+        return True
+
+    def expire(self, kind: ClockKind) -> None:
+        """Act on a clock that ran out."""
+        if self._lifecycle.sealed:
+            self._clocks.stop()
+            if kind == "cleanup" and not self._finishing:
+                _log.warning(
+                    "stream %s: its source has not ended %g s after the seal; settling without it",
+                    self.id,
+                    self._supervisor.limits.cleanup_s,
+                )
+                self.cleanup_error = f"the source did not end within {self._supervisor.limits.cleanup_s:g} s"
+                self._supervisor.spawn(self._finish)
+        elif kind == "detach":
+            self._seal(Verdict(state=State.CANCELLED, reason="detached"))
+        elif self._marked is not None:
+            self._seal(Verdict(state=State.COMPLETED, reason=self._marked))
+        elif kind == "drain":
+            assert self._stop is not None, "the drain clock runs for a stop"
+            self._seal(self._stop)
+        else:
+            message = f"the {kind} deadline of {getattr(self._spec.deadlines, f'{kind}_s'):g} s passed"
+            self._seal(Verdict(state=State.EXPIRED, reason=kind, message=message))
+
+    def reaped(self, reason: str, message: str) -> bool:
+        """Seal the stream for the memory manager. False if it had been sealed before."""
+        return self._seal(Verdict(state=State.EXPIRED, reason=reason, actor="memory", message=message))
+
+    def stop_for(self, reason: str, *, actor: str | None, message: str = "") -> bool:
+        """Seal the stream as cancelled for the supervisor. False if it had been sealed before."""
+        return self._seal(Verdict(state=State.CANCELLED, reason=reason, actor=actor, message=message))
+
+    async def _finish(self) -> None:
+        """Write the outcome, wait until it is durable, announce it. Once; shielded, and bounded by `settle_s`."""
+        if self._finishing:
+            return
+        self._finishing = True
+        verdict, sealed_at = self._lifecycle.verdict, self._sealed_at
+        assert verdict is not None, "a stream finishes sealed"
+        assert sealed_at is not None, "a sealed stream has the time of its seal"
+        outcome = self._conclude(verdict, sealed_at)
+        event = Event(outcome.epoch, outcome.last_seq, sealed_at, "outcome", outcome.to_json())
+        settle_s = self._supervisor.limits.settle_s
+        failure: StoreError | None = None
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + settle_s):
+            try:
+                self._journal.write_outcome(event, state=verdict.state.value, ended_at=sealed_at)
+                await self._supervisor.store.wait_durable(self.id, event.seq)
+            except StoreError as error:
+                failure = error
+            else:
+                self._outcome = outcome
+        if self._outcome is not None:
+            self._lifecycle.announce()
+            self._journal.close(event)
+        else:
+            if failure is None:
+                failure = StoreError(f"stream {self.id}: its outcome was not durable after {settle_s:g} s")
+            _log.error("stream %s: its outcome could not be recorded: %s", self.id, failure)
+            self._journal.fail(failure)
+        self._clocks.stop()
+        self._supervisor.watchdog.discard(self)
+        self._source = None
+        self._settled.set()
+        self._supervisor.stream_settled(self)
+        self._let_go()
+
+    def _conclude(self, verdict: Verdict, sealed_at: float) -> Outcome:
+        usage = self._fold.usage
+        quality = "unknown"
+        if usage is not None:
+            quality = "exact" if verdict.state is State.COMPLETED else "provider_partial"
+        return Outcome(
+            id=self.id,
+            key=self.key,
+            state=verdict.state,
+            reason=verdict.reason,
+            actor=verdict.actor,
+            message=verdict.message,
+            fault=verdict.fault,
+            usage=usage,
+            usage_quality=quality,
+            attempts=self._attempts,
+            events=self._events,
+            skipped=self._skipped,
+            epoch=self._journal.epoch,
+            last_seq=self._journal.tail_seq + 1,
+            epoch_starts=self._journal.epoch_starts,
+            started_at=self.created_at,
+            ended_at=sealed_at,
+            cleanup_error=self.cleanup_error,
+        )
+
+    def restore(self, outcome: Outcome) -> None:
+        """Become the ended stream that the store remembers."""
+        self._restored = True
+        self._outcome = outcome
+        self._lifecycle.seal(Verdict(state=outcome.state, reason=outcome.reason))
+        self._lifecycle.announce()
+        self._clocks.stop()
+        self._journal.restore(last_seq=outcome.last_seq, epoch_starts=outcome.epoch_starts)
+        self._settled.set()
+
+    @property
+    def last_event_at(self) -> float:
+        """When the last event was published, in trio's clock; the start if there was none."""
+        return self._last_event
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the ending is decided. Internal to this package: `state` is what may be shown."""
+        return self._lifecycle.sealed
+
+    @property
+    def clocks(self) -> Clocks:
+        """The stream's clocks, for the watchdog."""
+        return self._clocks
+
+    @property
+    def bytes_held(self) -> int:
+        """What the stream holds in memory: its tail and its fold, in bytes."""
+        return self._held
+
+    @property
+    def started(self) -> float:
+        """When it was started, in trio's clock."""
+        return self._started
+
+    def spec(self) -> StreamSpec:
+        """Return what the stream was asked to be."""
+        return self._spec
+
+    def arm_first_clocks(self) -> None:
+        """Start the clocks that run from the start: total, and the grace until the first reader."""
+        self._arm_detach()
+        self._supervisor.watchdog.arm(self)
+
+    def _attach(self, waker: Callable[[], None]) -> None:
+        if self._readers >= self._supervisor.limits.max_readers:
+            limit = self._supervisor.limits
+            raise AdmissionError(
+                live=self._readers, limit=limit.max_readers, retry_after_s=limit.retry_after_s
+            )
+        self._journal.add_waker(waker)
+        self._readers += 1
+        self._supervisor.readers += 1
+        self._clocks.set("detach", None)
+
+    def _detach(self, waker: Callable[[], None]) -> None:
+        self._journal.remove_waker(waker)
+        self._readers -= 1
+        self._supervisor.readers -= 1
+        if not self._lifecycle.sealed:
+            self._arm_detach()
+            self._supervisor.watchdog.arm(self)
+        self._let_go()
+
+    def _arm_detach(self) -> None:
+        if self._spec.on_detach.mode == "cancel" and not self._readers:
+            self._clocks.set("detach", trio.current_time() + self._spec.on_detach.grace_s)
+
+    def _let_go(self) -> None:
+        """Release the tail of an ended stream that nobody reads: the store has it."""
+        if self._journal.closed and not self._readers and not self._restored:
+            self._journal.release_tail()
+            self._held = self._fold.nbytes
+
+    async def follow_durability(self) -> None:
+        """Show readers what becomes durable, for `delivery="durable"`."""
+        try:
+            await self._journal.follow_durability()
+        except StoreError as error:
+            _log.warning("stream %s: readers that wait for durability see nothing new: %s", self.id, error)
+
+
+def _only_sealed(error: BaseException) -> bool:
+    """Whether an error is nothing but the sign that the stream had been sealed."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(_only_sealed(part) for part in error.exceptions)
+    return isinstance(error, StreamSealedError)
+
+
+def _told(error: BaseException) -> str:
+    """Say what an exception is, in one line: of a group, its parts."""
+    if isinstance(error, BaseExceptionGroup):
+        return "; ".join(_told(part) for part in error.exceptions)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,710 @@
+"""The supervisor: owns the root nursery, the registry of streams, the memory manager and the store.
+
+**Claiming.** `start_nowait` claims the key and registers the stream in one synchronous step, so two starts with one key can
+never both create a stream, and a stop can never fall between the two. A key names one piece of work: it stays claimed while
+its stream is live and as long as the ended stream is kept in memory, so that a start repeated after a lost reply joins what
+it started the first time instead of paying for it again.
+
+**Registry.** A stream is *live* from its start to its seal, *settling* from there until its outcome is durable, and then
+*finished*: kept in memory, bounded by count and age, and beyond that in the store alone. Live streams are in the order they
+were started, which is what the memory manager needs.
+
+**Nesting.** The store's writer runs in an outer nursery, shielded, and ends last; streams, watchdog and sweeper run in the
+root nursery inside it. Leaving `open_supervisor` waits for the live streams, as leaving a nursery waits for its children; an
+exception in the block ends them as `cancelled(shutdown)` first. A stream never raises into the root nursery, so what comes
+out of the block is the block's own exception, unwrapped, or the embedding program's own `Cancelled`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import attrs
+import msgspec
+import trio
+
+from supervisor.dialects import Dialect
+from supervisor.dialects.catalog import BUILTIN
+from supervisor.errors import (
+    AdmissionError,
+    ConfigurationError,
+    KeyConflictError,
+    SupervisorClosedError,
+    UnknownStreamError,
+)
+from supervisor.stores.base import Event, Store, StoredStream, StoreStatistics
+from supervisor.stores.memory import MemoryStore
+from supervisor.streams.clocks import Watchdog
+from supervisor.streams.lifecycle import Outcome, State
+from supervisor.streams.memory import SLICE, MemoryManager, MemoryStatistics, ReapReport
+from supervisor.streams.spec import (
+    Deadlines,
+    Delivery,
+    IdFactory,
+    Limits,
+    MemoryPolicy,
+    OnConflict,
+    OnDetach,
+    Source,
+    StreamSpec,
+    monotonic_ids,
+)
+from supervisor.streams.stream import CancelResult, Stream, StreamInfo
+
+__all__ = ["Health", "Started", "Supervisor", "SupervisorStatistics", "open_supervisor"]
+
+_log = logging.getLogger("supervisor.streams")
+
+Phase = Literal["open", "draining", "closed"]
+
+
+@attrs.frozen
+class Started:
+    """What a start came to: the stream, and whether it is new or was attached to."""
+
+    stream: Stream
+    created: bool
+
+
+@attrs.frozen(kw_only=True)
+class SupervisorStatistics:
+    """A supervisor's figures at one moment. Counts are since it was opened."""
+
+    state: Phase
+    live: int
+    settling: int
+    finished_in_memory: int
+    keys: int
+    tombstones: int
+    readers: int
+    started: int
+    attached: int
+    rejected: int
+    ended: Mapping[str, Mapping[str, int]]
+    """By state, then by reason. Cancelled is never counted as failed or completed."""
+    memory: MemoryStatistics
+    store: StoreStatistics
+
+
+@attrs.frozen(kw_only=True)
+class Health:
+    """Whether the supervisor can do its work: `ok`, `degraded` (and why), or `draining`."""
+
+    status: Literal["ok", "degraded", "draining"]
+    problems: tuple[str, ...]
+    live: int
+    max_live: int
+
+
+@attrs.frozen
+class _Tombstone:
+    expires: float
+    actor: str | None
+    reason: str
+
+
+class Supervisor:
+    """The registry and root nursery of streams. Made by `open_supervisor`."""
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        *,
+        store: Store,
+        limits: Limits,
+        deadlines: Deadlines,
+        memory: MemoryPolicy,
+        dialects: Iterable[Dialect],
+        new_id: IdFactory,
+    ) -> None:
+        self._nursery = nursery
+        self.store = store
+        self.limits = limits
+        self.deadlines = deadlines
+        self._new_id = new_id
+        self._dialects: dict[str, Dialect] = {**BUILTIN, **{dialect.name: dialect for dialect in dialects}}
+        self._live: dict[str, Stream] = {}
+        self._settling: dict[str, Stream] = {}
+        self._finished: dict[str, tuple[float, Stream]] = {}
+        self._keys: dict[str, Stream] = {}
+        self._tombstones: dict[str, _Tombstone] = {}
+        self._phase: Phase = "open"
+        self._idle = trio.Event()
+        self.watchdog: Watchdog[Stream] = Watchdog(lambda stream: stream.clocks, Stream.expire)
+        self.memory = MemoryManager(memory, self._live)
+        self.readers = 0
+        self._started = 0
+        self._attached = 0
+        self._rejected = 0
+        self._ended: dict[str, dict[str, int]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Supervisor {self._phase}: {len(self._live)} live, {len(self._settling)} settling, {len(self._finished)} finished>"
+
+    # --- starting ----------------------------------------------------------------------------------------------------
+
+    async def start(
+        self,
+        source: Source,
+        *,
+        key: str | None = None,
+        on_conflict: OnConflict = "attach",
+        on_detach: OnDetach | None = None,
+        deadlines: Deadlines | None = None,
+        labels: Mapping[str, str] | None = None,
+        dialect: Dialect | None = None,
+        upstream: str | None = None,
+        delivery: Delivery = "immediate",
+        meta: Mapping[str, Any] | None = None,
+    ) -> Stream:
+        """Start a stream, or join the one that has the key, and return it before any of its I/O.
+
+        A checkpoint, then one synchronous step: a cancelled `start` has started nothing. See `start_nowait` for the rest.
+        """
+        await trio.lowlevel.checkpoint()
+        return self.start_nowait(
+            source,
+            key=key,
+            on_conflict=on_conflict,
+            on_detach=on_detach,
+            deadlines=deadlines,
+            labels=labels,
+            dialect=dialect,
+            upstream=upstream,
+            delivery=delivery,
+            meta=meta,
+        ).stream
+
+    def start_nowait(
+        self,
+        source: Source,
+        *,
+        key: str | None = None,
+        on_conflict: OnConflict = "attach",
+        on_detach: OnDetach | None = None,
+        deadlines: Deadlines | None = None,
+        labels: Mapping[str, str] | None = None,
+        dialect: Dialect | None = None,
+        upstream: str | None = None,
+        delivery: Delivery = "immediate",
+        meta: Mapping[str, Any] | None = None,
+    ) -> Started:
+        """Claim the key and register the stream, synchronously.
+
+        `on_conflict` says what a claimed key does: `"attach"` joins its stream (live or ended), `"reject"` raises
+        KeyConflictError, `"replace"` ends it as `cancelled(replaced)` and takes the key. `dialect` and `upstream` default to
+        the source's own attributes, `deadlines` to the supervisor's. `meta` is small JSON for the record.
+
+        Raises AdmissionError at the limit of live streams, SupervisorClosedError while draining or closed, and
+        ConfigurationError for a bad option; in each case nothing has changed.
+        """
+        if not callable(source):
+            raise ConfigurationError("source", source, "an async callable that takes the stream's output")
+        if on_conflict not in get_args(OnConflict):
+            raise ConfigurationError("on_conflict", on_conflict, "'attach', 'reject' or 'replace'")
+        chosen: Dialect | None = dialect if dialect is not None else getattr(source, "dialect", None)
+        spec = StreamSpec(
+            key=key,
+            upstream=upstream if upstream is not None else getattr(source, "upstream", None),
+            dialect="native" if chosen is None else chosen.name,
+            labels=labels,
+            deadlines=self.deadlines if deadlines is None else deadlines,
+            on_detach=OnDetach() if on_detach is None else on_detach,
+            delivery=delivery,
+            meta={} if meta is None else meta,
+        )
+        try:
+            head = msgspec.json.encode(spec)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError("meta", meta, "values that JSON can hold") from error
+        if self._phase != "open":
+            raise SupervisorClosedError(self._phase)
+        holder = self._keys.get(key) if key is not None else None
+        if holder is not None:
+            if on_conflict == "attach":
+                self._attached += 1
+                return Started(holder, created=False)
+            if on_conflict == "reject":
+                assert key is not None, "only a key has a holder"
+                raise KeyConflictError(key, stream_id=holder.id, state=holder.state.value)
+        stream_id = self._new_id()
+        self._admit(replacing=holder)
+        if holder is not None:
+            holder.stop_for("replaced", actor=stream_id)
+        if chosen is not None:
+            self._dialects.setdefault(chosen.name, chosen)
+        return Started(self._register(stream_id, spec, source, chosen, head), created=True)
+
+    def _admit(self, *, replacing: Stream | None) -> None:
+        """Make sure that there is room for one more, or raise AdmissionError with nothing changed."""
+        freed = replacing is not None and not replacing.sealed
+        busy = len(self._live) - freed
+        if busy >= self.limits.max_live and self.limits.when_full == "reap_oldest":
+            oldest = next(stream for stream in self._live.values() if stream is not replacing)
+            message = f"{busy} streams are live and the limit is {self.limits.max_live}; the oldest made room"
+            self.memory.reap(oldest, "reaped_count", message)
+            busy -= 1
+        # Streams that are settling hold tasks and sockets too: they may be as many again as live ones, and no more.
+        if busy >= self.limits.max_live or len(self._settling) >= max(self.limits.max_live, SLICE):
+            self._rejected += 1
+            raise AdmissionError(
+                live=busy, limit=self.limits.max_live, retry_after_s=self.limits.retry_after_s
+            )
+
+    def _register(
+        self, stream_id: str, spec: StreamSpec, source: Source, dialect: Dialect | None, head: bytes
+    ) -> Stream:
+        stream = Stream(self, stream_id, spec, source, dialect=dialect or self._dialects["native"])
+        self._live[stream_id] = stream
+        self._idle = trio.Event() if self._idle.is_set() else self._idle
+        if spec.key is not None:
+            self._keys[spec.key] = stream
+        self._started += 1
+        self.store.create(StoredStream(id=stream_id, key=spec.key, created_at=stream.created_at, head=head))
+        stream.arm_first_clocks()
+        self.memory.admitted(stream)
+        self._nursery.start_soon(stream.run, name=f"stream {stream_id}")
+        if spec.delivery == "durable":
+            self._nursery.start_soon(stream.follow_durability, name=f"durability of {stream_id}")
+        tombstone = self._tombstones.pop(spec.key, None) if spec.key is not None else None
+        if tombstone is not None and tombstone.expires > trio.current_time():
+            stream.stop_for("requested", actor=tombstone.actor, message=tombstone.reason)
+        return stream
+
+    # --- finding -----------------------------------------------------------------------------------------------------
+
+    def get(self, stream_id: str) -> Stream:
+        """Return a stream in memory by id. Raises UnknownStreamError; `find` looks in the store too."""
+        stream = self._live.get(stream_id) or self._settling.get(stream_id)
+        if stream is None and stream_id in self._finished:
+            stream = self._finished[stream_id][1]
+        if stream is None:
+            raise UnknownStreamError(stream_id=stream_id)
+        return stream
+
+    def get_by_key(self, key: str) -> Stream:
+        """Return the stream in memory that holds the key. Raises UnknownStreamError."""
+        stream = self._keys.get(key)
+        if stream is None:
+            raise UnknownStreamError(key=key)
+        return stream
+
+    async def find(self, stream_id: str | None = None, *, key: str | None = None) -> Stream:
+        """Return a stream by id or by key, from memory or from the store. Raises UnknownStreamError."""
+        _exactly_one(stream_id=stream_id, key=key)
+        try:
+            stream = self.get(stream_id) if stream_id is not None else self.get_by_key(str(key))
+        except UnknownStreamError:
+            stored = await self.store.get(stream_id=stream_id, key=key)
+            if stored is None or stored.outcome is None:
+                raise
+            return self._restored(stored)
+        await trio.lowlevel.checkpoint()
+        return stream
+
+    def list(
+        self,
+        *,
+        states: Iterable[str] | None = None,
+        labels: Mapping[str, str] | None = None,
+        key: str | None = None,
+        upstream: str | None = None,
+        live: bool | None = None,
+    ) -> list[StreamInfo]:
+        """Describe the streams in memory that match every filter given, newest first."""
+        return [stream.info() for stream in self._select(states, labels, key, upstream, live)]
+
+    async def history(
+        self,
+        *,
+        states: Iterable[str] | None = None,
+        labels: Mapping[str, str] | None = None,
+        key: str | None = None,
+        upstream: str | None = None,
+        before_id: str | None = None,
+        limit: int = 100,
+    ) -> list[StreamInfo]:
+        """Describe matching streams in memory and in the store, newest first: up to `limit` with ids below `before_id`.
+
+        The last id of a page is the next page's `before_id`.
+        """
+        wanted = None if states is None else {State(state) for state in states}
+        found: dict[str, StreamInfo] = {}
+        for stream in self._select(wanted, labels, key, upstream, None):
+            if before_id is None or stream.id < before_id:
+                found[stream.id] = stream.info()
+                if len(found) >= limit:
+                    break
+        stored_states = None if wanted is None else [state.value for state in wanted]
+        position, matched = before_id, 0
+        while matched < limit:
+            page = await self.store.list(before_id=position, states=stored_states, limit=limit)
+            for stored in page:
+                if stored.id in found:
+                    matched += 1
+                elif stored.outcome is not None and not self._in_memory(stored.id):
+                    stream = self._restored(stored)
+                    if _matches(stream, wanted, labels, key, upstream):
+                        found[stream.id] = stream.info()
+                        matched += 1
+            if len(page) < limit:
+                break
+            position = page[-1].id
+        return [found[stream_id] for stream_id in sorted(found, reverse=True)[:limit]]
+
+    def _in_memory(self, stream_id: str) -> bool:
+        return stream_id in self._live or stream_id in self._settling or stream_id in self._finished
+
+    def _select(
+        self,
+        states: Iterable[str] | None,
+        labels: Mapping[str, str] | None,
+        key: str | None,
+        upstream: str | None,
+        live: bool | None,
+    ) -> list[Stream]:
+        wanted = None if states is None else {State(state) for state in states}
+        everything = [*self._live.values(), *self._settling.values()]
+        if live is not True:
+            everything += [stream for _, stream in self._finished.values()]
+        if live is False:
+            everything = [stream for _, stream in self._finished.values()]
+        chosen = [stream for stream in everything if _matches(stream, wanted, labels, key, upstream)]
+        chosen.sort(key=lambda stream: stream.id, reverse=True)
+        return chosen
+
+    # --- ending ------------------------------------------------------------------------------------------------------
+
+    async def cancel(
+        self,
+        stream_id: str | None = None,
+        *,
+        key: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        all_streams: bool = False,
+        reason: str = "",
+        actor: str | None = None,
+        mode: Literal["abort", "drain"] = "abort",
+        drain_s: float = 10.0,
+        wait_s: float = 5.0,
+    ) -> list[CancelResult]:
+        """Stop streams by exactly one of id, key, labels or `all_streams`, and tell what that came to for each.
+
+        As `Stream.cancel`. An unknown id raises UnknownStreamError. A key not seen yet leaves a tombstone: a start with it
+        within `Limits.tombstone_s` ends at once as `cancelled(requested)`. Many streams are stopped in slices.
+        """
+        _exactly_one(stream_id=stream_id, key=key, labels=labels, all_streams=all_streams or None)
+        if key is not None and key not in self._keys:
+            stored = await self.store.get(key=key)
+            if stored is None and key not in self._keys:
+                self._bury(key, actor=actor, reason=reason)
+                return [CancelResult(outcome="tombstoned", id=None, key=key, state=None, reason=None)]
+        if stream_id is not None or key is not None:
+            stream = await self.find(stream_id, key=key)
+            result = await stream.cancel(
+                reason=reason, actor=actor, mode=mode, drain_s=drain_s, wait_s=wait_s
+            )
+            return [result]
+        chosen = [stream for stream in self._live.values() if _matches(stream, None, labels, None, None)]
+        stops = []
+        for done, stream in enumerate(chosen, start=1):
+            stops.append(
+                (stream, stream.request_stop(reason=reason, actor=actor, mode=mode, drain_s=drain_s))
+            )
+            if done % SLICE == 0:
+                await trio.lowlevel.checkpoint()
+        until = trio.current_time() + wait_s
+        return [
+            await stream.stopped(verdict, wait_s=max(0.0, until - trio.current_time()))
+            for stream, verdict in stops
+        ]
+
+    def _bury(self, key: str, *, actor: str | None, reason: str) -> None:
+        """Leave a tombstone for a key; the oldest makes room at the limit."""
+        StreamSpec(key=key)  # validates
+        now = trio.current_time()
+        self._tombstones.pop(key, None)
+        while self._tombstones:
+            oldest = next(iter(self._tombstones))
+            if self._tombstones[oldest].expires > now and len(self._tombstones) < self.limits.max_tombstones:
+                break
+            del self._tombstones[oldest]
+        self._tombstones[key] = _Tombstone(now + self.limits.tombstone_s, actor, reason)
+
+    async def reap(self, *, dry_run: bool = False) -> ReapReport:
+        """Apply the memory policy now; with `dry_run` only say who would go and why."""
+        return await self.memory.sweep(dry_run=dry_run)
+
+    async def drain(self, *, timeout_s: float | None = None) -> int:
+        """Refuse new streams and wait until none is live, at most `timeout_s`. Returns how many still are.
+
+        Cancelling it stops the wait; the supervisor stays draining.
+        """
+        if self._phase == "open":
+            self._phase = "draining"
+        with trio.move_on_after(float("inf") if timeout_s is None else timeout_s):
+            await self._wait_idle()
+        return len(self._live) + len(self._settling)
+
+    async def shutdown(self, *, grace_s: float = 0.0, actor: str | None = None) -> None:
+        """Drain for `grace_s`, then end what is left as `cancelled(shutdown)`, in slices, and wait for the outcomes."""
+        await self.drain(timeout_s=grace_s)
+        while self._live:
+            for stream in list(self._live.values())[:SLICE]:
+                stream.stop_for("shutdown", actor=actor)
+            await trio.lowlevel.checkpoint()
+        await self._wait_idle()
+
+    async def _wait_idle(self) -> None:
+        while self._live or self._settling:
+            await self._idle.wait()
+        await trio.lowlevel.checkpoint()
+
+    # --- telling -----------------------------------------------------------------------------------------------------
+
+    def statistics(self) -> SupervisorStatistics:
+        """Return the supervisor's figures."""
+        return SupervisorStatistics(
+            state=self._phase,
+            live=len(self._live),
+            settling=len(self._settling),
+            finished_in_memory=len(self._finished),
+            keys=len(self._keys),
+            tombstones=len(self._tombstones),
+            readers=self.readers,
+            started=self._started,
+            attached=self._attached,
+            rejected=self._rejected,
+            ended={state: dict(sorted(reasons.items())) for state, reasons in sorted(self._ended.items())},
+            memory=self.memory.statistics(),
+            store=self.store.statistics(),
+        )
+
+    def health(self) -> Health:
+        """Return whether the supervisor can do its work."""
+        problems = []
+        store = self.store.statistics()
+        if store.last_error is not None:
+            problems.append(f"the store cannot write: {store.last_error}")
+        if self.store.congested:
+            problems.append(f"the store is behind by {store.pending_bytes} bytes; sources are slowed")
+        if len(self._live) >= self.limits.max_live and self.limits.when_full == "reject":
+            problems.append(f"at the limit of {self.limits.max_live} live streams; starts are rejected")
+        status: Literal["ok", "degraded", "draining"] = "degraded" if problems else "ok"
+        return Health(
+            status=status if self._phase == "open" else "draining",
+            problems=tuple(problems),
+            live=len(self._live),
+            max_live=self.limits.max_live,
+        )
+
+    def dialect(self, name: str) -> Dialect:
+        """Return a dialect by name: built in, or given to this supervisor. Raises ConfigurationError."""
+        try:
+            return self._dialects[name]
+        except KeyError:
+            raise ConfigurationError("dialect", name, f"one of {sorted(self._dialects)}") from None
+
+    # --- called by streams -------------------------------------------------------------------------------------------
+
+    def stream_sealed(self, stream: Stream) -> None:
+        """Take note of a seal."""
+        if self._live.pop(stream.id, None) is not None:
+            self._settling[stream.id] = stream
+            self.memory.gone(stream)
+
+    def stream_settled(self, stream: Stream) -> None:
+        """Take note that a stream's outcome is announced, or could not be recorded."""
+        self._settling.pop(stream.id, None)
+        if stream.outcome is not None:
+            reasons = self._ended.setdefault(stream.outcome.state.value, {})
+            reasons[stream.outcome.reason] = reasons.get(stream.outcome.reason, 0) + 1
+            self.store.forget(stream.id)
+        self._keep_finished(stream)
+        if not self._live and not self._settling:
+            self._idle.set()
+
+    def spawn(self, function: Callable[[], Awaitable[object]]) -> None:
+        """Run a stream's own housekeeping beside its task."""
+        self._nursery.start_soon(function)
+
+    def _keep_finished(self, stream: Stream) -> None:
+        now = trio.current_time()
+        self._finished[stream.id] = (now, stream)
+        while self._finished:
+            oldest = next(iter(self._finished))
+            ended, old = self._finished[oldest]
+            expired = self.limits.finished_s is not None and now - ended > self.limits.finished_s
+            if not expired and len(self._finished) <= self.limits.max_finished:
+                break
+            del self._finished[oldest]
+            if old.key is not None and self._keys.get(old.key) is old:
+                del self._keys[old.key]
+
+    def _restored(self, stored: StoredStream) -> Stream:
+        assert stored.outcome is not None, "only an ended stream is restored"
+        spec = _HEAD.decode(stored.head)
+        dialect = self._dialects.get(spec.dialect)
+        stream = Stream(self, stored.id, spec, None, dialect=dialect, created_at=stored.created_at)
+        stream.restore(Outcome.from_json(stored.outcome))
+        return stream
+
+    # --- opening -----------------------------------------------------------------------------------------------------
+
+    async def recover(self) -> int:
+        """Give every stream that a crash interrupted its outcome, and remember the keys of the newest ended ones.
+
+        Returns how many were interrupted.
+        """
+        interrupted = await self.store.unfinished()
+        for stored in interrupted:
+            outcome = _interrupted(stored)
+            event = Event(outcome.epoch, outcome.last_seq, outcome.ended_at, "outcome", outcome.to_json())
+            self.store.end(stored.id, event, state=outcome.state.value, ended_at=outcome.ended_at)
+        for stored in interrupted:
+            await self.store.wait_durable(stored.id, stored.last_seq + 1)
+            self.store.forget(stored.id)
+        for stored in reversed(await self.store.list(limit=self.limits.max_finished)):
+            stream = self._restored(stored)
+            self._keep_finished(stream)
+            if stream.key is not None:
+                self._keys[stream.key] = stream
+        return len(interrupted)
+
+    async def close(self) -> None:
+        """Wait for the live streams, as a nursery does, and stop the housekeeping."""
+        await self.drain()
+        self._phase = "closed"
+        self._nursery.cancel_scope.cancel(reason="the supervisor is closed")
+
+
+@contextlib.asynccontextmanager
+async def open_supervisor(
+    *,
+    store: Store | None = None,
+    limits: Limits | None = None,
+    deadlines: Deadlines | None = None,
+    memory: MemoryPolicy | None = None,
+    dialects: Sequence[Dialect] = (),
+    new_id: IdFactory | None = None,
+) -> AsyncIterator[Supervisor]:
+    """Open a supervisor for the length of an `async with` block.
+
+    `store` defaults to one in memory; with a durable one, streams that a crash interrupted are first given the outcome
+    `failed(interrupted)`. `dialects` adds to those built in.
+
+    Leaving the block waits for the live streams, as a nursery does (`shutdown` ends them instead). An exception in the block
+    ends them as `cancelled(shutdown)` and then comes out as it was raised. If the block is cancelled from outside, its
+    streams end the same way, and `trio.Cancelled` passes on once their outcomes are durable, which is shielded and bounded by
+    `Limits.settle_s`. Raises StoreError if the store cannot be opened.
+    """
+    chosen_store = MemoryStore() if store is None else store
+    try:
+        async with trio.open_nursery() as outer:
+            await outer.start(_run_store, chosen_store)
+            try:
+                async with trio.open_nursery() as root:
+                    supervisor = Supervisor(
+                        root,
+                        store=chosen_store,
+                        limits=Limits() if limits is None else limits,
+                        deadlines=Deadlines() if deadlines is None else deadlines,
+                        memory=MemoryPolicy() if memory is None else memory,
+                        dialects=dialects,
+                        new_id=monotonic_ids() if new_id is None else new_id,
+                    )
+                    await supervisor.recover()
+                    root.start_soon(supervisor.watchdog.run, name="watchdog")
+                    root.start_soon(supervisor.memory.run, name="memory manager")
+                    try:
+                        yield supervisor
+                    except BaseException:
+                        with trio.CancelScope(shield=True):
+                            await supervisor.shutdown(actor="parent")
+                        raise
+                    await supervisor.close()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await chosen_store.aclose()
+    except BaseExceptionGroup as group:
+        _reraise(group)
+        raise
+
+
+async def _run_store(store: Store, *, task_status: trio.TaskStatus[None]) -> None:
+    """Run the store out of reach of the embedding program's cancel: it is ended by `aclose`, after the streams."""
+    with trio.CancelScope(shield=True):
+        await store.run(task_status=task_status)
+
+
+def _reraise(group: BaseExceptionGroup[BaseException]) -> None:
+    """Raise a group's one exception by itself, or one `Cancelled` for a group of nothing else; else return."""
+    leaves = list(_leaves(group))
+    if len(leaves) == 1 or all(isinstance(leaf, trio.Cancelled) for leaf in leaves):
+        leaf = leaves[0]
+        context = leaf.__context__
+        try:
+            raise leaf
+        finally:
+            leaf.__context__ = (
+                context  # not the group: the nurseries in between are no part of the caller's story
+            )
+            del leaf, leaves, group
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterable[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+def _exactly_one(**selectors: object) -> None:
+    given = {name: value for name, value in selectors.items() if value is not None}
+    if len(given) != 1:
+        raise ConfigurationError("selector", given, f"exactly one of {', '.join(selectors)}")
+
+
+def _matches(
+    stream: Stream,
+    states: set[State] | None,
+    labels: Mapping[str, str] | None,
+    key: str | None,
+    upstream: str | None,
+) -> bool:
+    return (
+        (states is None or stream.state in states)
+        and (key is None or stream.key == key)
+        and (upstream is None or stream.upstream == upstream)
+        and (labels is None or all(stream.labels.get(name) == text for name, text in labels.items()))
+    )
+
+
+def _interrupted(stored: StoredStream) -> Outcome:
+    """Return the outcome of a stream that a crash interrupted.
+
+    It begins a new epoch: readers may have seen events that were not durable, and a cursor past the durable end must be
+    told of the gap rather than be continued with something else.
+    """
+    spec = _HEAD.decode(stored.head)
+    last, epoch = stored.last_seq, stored.epoch
+    return Outcome(
+        id=stored.id,
+        key=spec.key,
+        state=State.FAILED,
+        reason="interrupted",
+        message=f"the process ended while the stream was live; {last} events were durable and are kept",
+        epoch=epoch + 1,
+        last_seq=last + 1,
+        epoch_starts=((1, 1), (epoch + 1, last + 1)),
+        started_at=stored.created_at,
+        ended_at=time.time(),
+    )
+
+
+_HEAD = msgspec.json.Decoder(StreamSpec)
