@@ -11,6 +11,7 @@ from supervisor.streams.lifecycle import (
     Verdict,
 )
 from supervisor.streams.memory import MemoryStatistics, Reaped, ReapReport
+from supervisor.streams.output import Output
 from supervisor.streams.spec import (
     Deadlines,
     Delivery,
@@ -21,7 +22,7 @@ from supervisor.streams.spec import (
     Source,
     monotonic_ids,
 )
-from supervisor.streams.stream import CancelOutcome, CancelResult, Output, Stream, StreamInfo
+from supervisor.streams.stream import CancelOutcome, CancelResult, Stream, StreamInfo
 from supervisor.streams.subscription import After, Subscription
 from supervisor.streams.supervisor import (
     Health,

@@ -110,7 +110,7 @@ class LazyHeap(Generic[T]):
             return False
         entry = [due, next(self._order), item]
         self._entries[item] = entry
-        heapq.heappush(self._heap, entry)  # type: ignore[misc]  # never compares beyond the unique second field
+        heapq.heappush(self._heap, entry)
         return self._heap[0] is entry
 
     def discard(self, item: T) -> None:
@@ -120,20 +120,20 @@ class LazyHeap(Generic[T]):
             self._kill(entry)
             if self._dead > 64 and self._dead * 2 > len(self._heap):
                 self._heap = [live for live in self._heap if live[2] is not None]
-                heapq.heapify(self._heap)  # type: ignore[misc]  # as above
+                heapq.heapify(self._heap)
                 self._dead = 0
 
     def next_due(self) -> float:
         """Return the earliest time at which something is to be looked at; infinity if nothing is."""
         while self._heap and self._heap[0][2] is None:
-            heapq.heappop(self._heap)  # type: ignore[misc]  # as above
+            heapq.heappop(self._heap)
             self._dead -= 1
         return self._heap[0][0] if self._heap else _NEVER  # type: ignore[return-value]  # the time
 
     def pop_due(self, now: float) -> Iterator[T]:
         """Yield the items whose time has come, earliest first; each must be armed again to be looked at again."""
         while self.next_due() <= now:
-            item: T = heapq.heappop(self._heap)[2]  # type: ignore[misc, assignment]  # as above; live, so not None
+            item: T = heapq.heappop(self._heap)[2]  # type: ignore[assignment]  # a live entry holds its item
             del self._entries[item]
             yield item
 

@@ -10,14 +10,14 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard, get_args
 
 import attrs
 
 from supervisor.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from supervisor.streams.stream import Output
+    from supervisor.streams.output import Output
 
 __all__ = [
     "Deadlines",
@@ -95,7 +95,7 @@ def _one_of(*values: str) -> Callable[[object, attrs.Attribute[Any], object], No
     return check
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -171,12 +171,12 @@ class MemoryPolicy:
     sweep_every_s: float = attrs.field(default=1.0, validator=_positive)
 
 
-def _key(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+def _key(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
     if value is not None and not (isinstance(value, str) and 0 < len(value) <= MAX_KEY_CHARS):
         raise ConfigurationError("key", value, f"a string of 1 to {MAX_KEY_CHARS} characters, or None")
 
 
-def _labels(instance: object, attribute: attrs.Attribute[Any], value: Mapping[str, str]) -> None:
+def _labels(_instance: object, _attribute: attrs.Attribute[Any], value: Mapping[object, object]) -> None:
     good = len(value) <= MAX_LABELS and all(
         isinstance(name, str) and isinstance(text, str) and 0 < len(name) <= MAX_LABEL_CHARS >= len(text)
         for name, text in value.items()

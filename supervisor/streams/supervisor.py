@@ -17,6 +17,7 @@ out of the block is the block's own exception, unwrapped, or the embedding progr
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import logging
 import time
@@ -314,7 +315,7 @@ class Supervisor:
         key: str | None = None,
         upstream: str | None = None,
         live: bool | None = None,
-    ) -> list[StreamInfo]:
+    ) -> builtins.list[StreamInfo]:
         """Describe the streams in memory that match every filter given, newest first."""
         return [stream.info() for stream in self._select(states, labels, key, upstream, live)]
 
@@ -327,7 +328,7 @@ class Supervisor:
         upstream: str | None = None,
         before_id: str | None = None,
         limit: int = 100,
-    ) -> list[StreamInfo]:
+    ) -> builtins.list[StreamInfo]:
         """Describe matching streams in memory and in the store, newest first: up to `limit` with ids below `before_id`.
 
         The last id of a page is the next page's `before_id`.
@@ -365,8 +366,8 @@ class Supervisor:
         labels: Mapping[str, str] | None,
         key: str | None,
         upstream: str | None,
-        live: bool | None,
-    ) -> list[Stream]:
+        live: bool | None,  # noqa: FBT001  # private; passed on by name-alike callers
+    ) -> builtins.list[Stream]:
         wanted = None if states is None else {State(state) for state in states}
         everything = [*self._live.values(), *self._settling.values()]
         if live is not True:
@@ -391,7 +392,7 @@ class Supervisor:
         mode: Literal["abort", "drain"] = "abort",
         drain_s: float = 10.0,
         wait_s: float = 5.0,
-    ) -> list[CancelResult]:
+    ) -> builtins.list[CancelResult]:
         """Stop streams by exactly one of id, key, labels or `all_streams`, and tell what that came to for each.
 
         As `Stream.cancel`. An unknown id raises UnknownStreamError. A key not seen yet leaves a tombstone: a start with it

@@ -1,0 +1,177 @@
+"""What a source writes to: the source's half of a stream.
+
+The chain from bytes to journal is synchronous: `append` for each wire event, `flush` once per read. Nothing here blocks but
+`send` and `flow`, which are where a source is slowed while the store is behind, and cancelled when the stream is sealed.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import trio
+
+from supervisor.dialects import Delta, Fault
+from supervisor.dialects.native import encode
+from supervisor.errors import ConfigurationError
+from supervisor.streams.lifecycle import State, Verdict
+
+if TYPE_CHECKING:
+    from supervisor.streams.stream import Stream
+
+__all__ = ["Output"]
+
+_MAX_SKIPPED_BYTES = 4096  # of an unparseable payload, what the journal keeps
+
+
+class Output:
+    """What a source writes to.
+
+    A program's own source uses `send`, and `finish` to say how it ended. A source that reads a wire uses the rest: it is
+    the sink of `supervisor.dialects.reading.BodyReader`.
+    """
+
+    __slots__ = ("_clocks", "_fold", "_journal", "_store", "_stream", "_streaming", "id", "nursery")
+
+    def __init__(self, stream: Stream, nursery: trio.Nursery) -> None:
+        self._stream = stream
+        self._journal = stream._journal  # noqa: SLF001  # the source's half of the stream, as is all below
+        self._fold = stream._fold  # noqa: SLF001
+        self._clocks = stream._clocks  # noqa: SLF001
+        self._store = stream._supervisor.store  # noqa: SLF001
+        self._streaming = False
+        self.id = stream.id
+        self.nursery = nursery
+        """The stream's own nursery, for the source's helpers: they end with the stream."""
+
+    def __repr__(self) -> str:
+        return f"<Output of {self._stream!r}>"
+
+    @property
+    def stream(self) -> Stream:
+        """The stream this feeds."""
+        return self._stream
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the stream's ending is decided: stop, and let `trio.Cancelled` pass."""
+        return self._stream._lifecycle.sealed  # noqa: SLF001
+
+    # --- a program's own source --------------------------------------------------------------------------------------
+
+    async def send(self, item: str | Delta | Mapping[str, Any]) -> None:
+        """Add an event: text, a `Delta`, or any JSON object (whose fields named as in `Delta` are folded).
+
+        A checkpoint: here the source is cancelled when the stream is stopped, and slowed while the store is behind. A
+        cancel adds nothing. Raises ConfigurationError for an item it cannot encode, or one over `Limits.max_event_bytes`.
+        """
+        await trio.lowlevel.checkpoint()
+        if self._store.congested:
+            await self._store.wait_flow()
+        self.send_nowait(item)
+
+    def send_nowait(self, item: str | Delta | Mapping[str, Any]) -> None:
+        """Add an event without a checkpoint or back-pressure. Raises StreamSealedError once the stream is sealed."""
+        if self._stream._spec.dialect != "native":  # noqa: SLF001
+            raise ConfigurationError(
+                "dialect", self._stream.dialect, "'native' (the default) for a source that uses send"
+            )
+        payload, deltas = encode(item)
+        self.append(payload, "", deltas)
+        self.flush()
+
+    def finish(self, reason: str = "stop") -> bool:
+        """End the stream as completed. True if this decided its ending. The source is cancelled at its next checkpoint."""
+        return self.complete(reason)
+
+    # --- a source that reads a wire ----------------------------------------------------------------------------------
+
+    def attempt(self, number: int, *, cause: str | None = None, delay_s: float = 0.0, **details: Any) -> None:
+        """Journal the start of an attempt; its connect clock starts. `details` are JSON values."""
+        self._stream._attempts = number  # noqa: SLF001
+        record = {"attempt": number, "cause": cause, "delay_s": delay_s, **details}
+        self._journal.add(time.time(), "attempt", msgspec.json.encode(record))
+        self._streaming = False
+        self._stream._enter(State.CONNECTING, "connect")  # noqa: SLF001
+        self.flush()
+
+    def waiting(self) -> None:
+        """Between two attempts: only the total clock runs."""
+        self._stream._enter(State.CONNECTING, None)  # noqa: SLF001
+
+    def connected(self) -> None:
+        """Say that the request is sent: the first-event clock starts."""
+        if not self._streaming:
+            self._stream._enter(State.CONNECTING, "first_event")  # noqa: SLF001
+
+    def note(self, **details: Any) -> None:
+        """Journal a fact about the stream that is not part of the answer. `details` are JSON values."""
+        self._journal.add(time.time(), "note", msgspec.json.encode(details))
+        self.flush()
+
+    def append(self, payload: bytes, name: str, deltas: tuple[Delta, ...]) -> None:
+        """Add one wire event and fold its deltas. Not published before `flush`. Raises StreamSealedError once sealed."""
+        text = ""
+        if len(deltas) == 1 and not deltas[0].choice:
+            text = deltas[0].text
+        elif deltas:
+            text = "".join(delta.text for delta in deltas if not delta.choice)
+        if len(payload) > self._stream._max_event_bytes:  # noqa: SLF001
+            raise ConfigurationError(
+                "event",
+                payload[:64],
+                f"at most {self._stream._max_event_bytes} bytes (Limits.max_event_bytes), not {len(payload)}",  # noqa: SLF001
+            )
+        self._journal.add(time.time(), "data", payload, name, text)
+        for delta in deltas:
+            self._fold.apply(delta)
+        if not self._streaming:
+            self._streaming = True
+            self._stream._enter(State.STREAMING, "idle")  # noqa: SLF001
+        self._stream._events += 1  # noqa: SLF001
+
+    def skip(self, payload: bytes, why: str) -> None:
+        """Count and journal a payload that could not be read."""
+        self._stream._skipped += 1  # noqa: SLF001
+        kept = payload[:_MAX_SKIPPED_BYTES]
+        record: dict[str, Any] = {"why": why, "bytes": len(payload)}
+        try:
+            record["payload"] = kept.decode()
+        except UnicodeDecodeError:
+            record["payload_b64"] = base64.b64encode(kept).decode()
+        self._journal.add(time.time(), "skipped", msgspec.json.encode(record))
+
+    def touch(self) -> None:
+        """Note that the upstream shows life without an event."""
+        self._clocks.touched = trio.current_time()
+
+    def mark(self, reason: str) -> None:
+        """Note that the answer has ended as far as seen: unless an error follows, whatever ends the body completes it."""
+        self._stream._marked = reason  # noqa: SLF001
+
+    def complete(self, reason: str) -> bool:
+        """Seal the stream as completed. True if this decided its ending."""
+        return self._stream._seal(Verdict(state=State.COMPLETED, reason=reason))  # noqa: SLF001
+
+    def fail(self, reason: str, fault: Fault) -> bool:
+        """Seal the stream as failed, everything received kept. True if this decided its ending."""
+        return self._stream._seal(  # noqa: SLF001
+            Verdict(state=State.FAILED, reason=reason, fault=fault, message=fault.message)
+        )
+
+    def flush(self) -> None:
+        """Publish what was appended: once per read, not per event."""
+        if self._journal.publish():
+            self._stream._published()  # noqa: SLF001
+
+    @property
+    def congested(self) -> bool:
+        """Whether the store is behind: a source should `await flow()` before it reads on."""
+        return self._store.congested
+
+    async def flow(self) -> None:
+        """Wait until the store has caught up. Cancel-safe."""
+        await self._store.wait_flow()
