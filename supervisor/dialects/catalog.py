@@ -8,11 +8,14 @@ from typing import Final
 
 from supervisor.dialects.base import Dialect
 from supervisor.dialects.native import NATIVE
+from supervisor.dialects.openai_chat import OPENAI_CHAT
 from supervisor.errors import ConfigurationError
 
 __all__ = ["BUILTIN", "find"]
 
-BUILTIN: Final[Mapping[str, Dialect]] = MappingProxyType({dialect.name: dialect for dialect in (NATIVE,)})
+BUILTIN: Final[Mapping[str, Dialect]] = MappingProxyType(
+    {dialect.name: dialect for dialect in (NATIVE, OPENAI_CHAT)}
+)
 """The dialects of this package, by name."""
 
 
