@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from supervisor.stores.base import Event, EventKind, Store, StoredStream, StoreStatistics
 from supervisor.stores.memory import MemoryStore
+from supervisor.stores.sqlite import SQLiteStore
 
-__all__ = ["Event", "EventKind", "MemoryStore", "Store", "StoreStatistics", "StoredStream"]
+__all__ = ["Event", "EventKind", "MemoryStore", "SQLiteStore", "Store", "StoreStatistics", "StoredStream"]

@@ -1,0 +1,414 @@
+"""What is done to the database file, in plain synchronous code: `supervisor.stores.sqlite` runs it in threads.
+
+Two connections: one writes, one reads, and each is used by one thread at a time. A commit is a transaction that also
+advances the counter in the table `store`. SQLite may report an error for a COMMIT that did happen, so after a failure the
+counter tells whether it did, and a commit is never done twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator, Sequence
+from heapq import merge
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from supervisor.errors import StoreCorruptError, StoreError
+from supervisor.stores import schema
+from supervisor.stores.base import Event, StoredStream
+from supervisor.stores.positions import Position
+from supervisor.stores.segments import checksum, cut, decode, encode
+
+__all__ = ["Database", "RejectedError", "Write"]
+
+PRUNE_SEGMENTS = 256
+PRUNE_BYTES = 4 << 20
+"""What one transaction of a prune removes at most, so that it never holds up a commit for long."""
+VACUUM_PAGES = 256
+VACUUM_SLACK = 0.1
+"""How much of the file may be free pages, which later writes use, before it is shrunk."""
+
+_STREAM = """
+    SELECT s.id, s.key, s.created_at, s.head, s.state, s.ended_at, s.outcome,
+        CASE WHEN s.last_seq IS NOT NULL THEN s.epoch ELSE COALESCE(
+            (SELECT g.epoch FROM segments g WHERE g.stream = s.n ORDER BY g.last_seq DESC LIMIT 1), s.epoch) END,
+        s.first_seq,
+        COALESCE(s.last_seq, (SELECT max(g.last_seq) FROM segments g WHERE g.stream = s.n), s.first_seq - 1),
+        s.n
+    FROM streams s
+"""
+
+
+class RejectedError(Exception):
+    """A batch that can never be written, because of what is in it."""
+
+
+@attrs.define(eq=False)
+class Write:
+    """One enqueued call of `create`, `append` or `end`."""
+
+    position: Position
+    nbytes: int
+    events: Sequence[Event] = ()
+    stream: StoredStream | None = None
+    """The head, for `create`."""
+    end: tuple[str, float] | None = None
+    """`(state, ended_at)`, for `end`."""
+
+
+@attrs.define(eq=False)
+class Database:
+    """An open store file."""
+
+    path: Path
+    synchronous: str
+    busy_timeout_s: float
+    writer: sqlite3.Connection | None = attrs.field(default=None, init=False)
+    reader: sqlite3.Connection | None = attrs.field(default=None, init=False)
+    _lock: schema.FileLock | None = attrs.field(default=None, init=False)
+    _commits: int = attrs.field(default=0, init=False)
+    _next_number: int = attrs.field(default=1, init=False)
+    _unsure: bool = attrs.field(default=False, init=False)
+
+    def open(self) -> Sequence[tuple[StoredStream, int]]:
+        """Lock and open the file, creating or migrating it; return the streams without an outcome, with their numbers.
+
+        Raises StoreLockedError, StoreCorruptError or StoreError, and then holds nothing.
+        """
+        path = self.path.resolve()
+        self._lock = schema.FileLock(path)
+        try:
+            self._lock.acquire()
+            schema.create_file(path)
+            with self._translated():
+                writer = self.writer = self._connect()
+                schema.prepare(writer, path)
+                self.reader = self._connect(reader=True)
+                self._commits = self._counter(writer)
+                self._next_number = writer.execute("SELECT COALESCE(max(n), 0) + 1 FROM streams").fetchone()[
+                    0
+                ]
+                rows = writer.execute(f"{_STREAM} WHERE s.state IS NULL ORDER BY s.id").fetchall()
+                return [(_stored(row), row[-1]) for row in rows]
+        except BaseException:
+            self.close_reader()
+            self.close_writer()
+            raise
+
+    def close_reader(self) -> None:
+        """Close the reading connection."""
+        if self.reader is not None:
+            self.reader.close()
+            self.reader = None
+
+    def close_writer(self) -> None:
+        """Close the writing connection (the last one: it moves the log into the file) and let go of the lock."""
+        try:
+            if self.writer is not None:
+                self.writer.close()
+                self.writer = None
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def commit(self, batch: Sequence[Write]) -> None:
+        """Write a batch in one transaction.
+
+        Raises RejectedError if it can never be written; any other exception means that it was not, this time, and that
+        the same batch may be given again.
+        """
+        try:
+            if self.writer is None:
+                self.writer = self._connect()
+            writer = self.writer
+            if self._unsure and self._counter(writer) > self._commits:
+                self._commits += 1  # the last attempt did happen, whatever it reported
+                self._unsure = False
+                return
+            writer.execute("BEGIN IMMEDIATE")
+            self._write(writer, batch)
+            writer.execute("UPDATE store SET commits = ?", (self._commits + 1,))
+            self._unsure = True
+            writer.execute("COMMIT")
+        except Exception as exc:
+            self._roll_back()
+            if _is_rejection(exc):
+                raise RejectedError(str(exc)) from exc
+            raise
+        self._commits += 1
+        self._unsure = False
+
+    def _write(self, writer: sqlite3.Connection, batch: Sequence[Write]) -> None:
+        events_of: dict[Position, list[Event]] = {}
+        for write in batch:
+            if write.stream is not None:
+                self._insert(writer, write.position, write.stream)
+            events_of.setdefault(write.position, []).extend(write.events)
+        rows = []
+        for position, events in events_of.items():
+            number = position.number
+            assert number is not None
+            for run in cut(events):
+                where = (number, run[0].seq, run[-1].seq, run[0].epoch)
+                body = encode(run)
+                rows.append((*where, checksum(where, body), body))
+        writer.executemany(
+            "INSERT INTO segments (stream, first_seq, last_seq, epoch, crc, body) VALUES (?, ?, ?, ?, ?, ?)",
+            rows,
+        )
+        for write in batch:
+            if write.end is not None:
+                state, ended_at = write.end
+                event = write.events[-1]
+                ended = writer.execute(
+                    "UPDATE streams SET state = ?, ended_at = ?, outcome = ?, epoch = ?, last_seq = ?"
+                    " WHERE n = ? AND state IS NULL",
+                    (state, ended_at, event.payload, event.epoch, event.seq, write.position.number),
+                )
+                if ended.rowcount != 1:
+                    raise RejectedError("the store has an outcome of this stream already")
+
+    def _insert(self, writer: sqlite3.Connection, position: Position, stream: StoredStream) -> None:
+        if position.number is None:  # else an earlier attempt has given it one
+            position.number = self._next_number
+            self._next_number += 1
+        writer.execute(
+            "INSERT INTO streams (n, id, key, created_at, epoch, head) VALUES (?, ?, ?, ?, ?, ?)",
+            (position.number, stream.id, stream.key, stream.created_at, stream.epoch, stream.head),
+        )
+
+    def _roll_back(self) -> None:
+        """Undo a failed transaction; where even that fails, drop the connection, and the next commit makes a new one."""
+        if self.writer is None:
+            return
+        try:
+            if self.writer.in_transaction:
+                self.writer.execute("ROLLBACK")
+        except sqlite3.Error:
+            with contextlib.suppress(sqlite3.Error):
+                self.writer.close()
+            self.writer = None
+
+    # --- retention ---------------------------------------------------------------------------------------------------
+
+    def prune_bound(self, ended_before: float | None, keep: int | None) -> tuple[float, str] | None:
+        """Return the `(ended_at, id)` below which ended streams are to go; None if none is."""
+        bounds = [] if ended_before is None else [(ended_before, "")]
+        if keep is not None:
+            with self._reading() as reader:
+                row = reader.execute(
+                    "SELECT ended_at, id FROM streams WHERE ended_at IS NOT NULL"
+                    " ORDER BY ended_at DESC, id DESC LIMIT 1 OFFSET ?",
+                    (keep,),
+                ).fetchone()
+            if row is not None:
+                bounds.append((row[0], row[1] + "\0"))  # the least text above the id: this one goes too
+        return max(bounds, default=None)
+
+    def prune(self, bound: tuple[float, str], limit: int) -> tuple[int, bool]:
+        """Remove some of what is below `bound`, in one small transaction; return how many streams, and if there is more."""
+        with self._transaction() as writer:
+            budget, nbytes = PRUNE_SEGMENTS, PRUNE_BYTES
+            victims = writer.execute(
+                "SELECT n FROM streams WHERE ended_at IS NOT NULL AND (ended_at, id) < (?, ?)"
+                " ORDER BY ended_at, id LIMIT ?",
+                (*bound, min(limit, PRUNE_SEGMENTS)),
+            ).fetchall()
+            removed = 0
+            for (number,) in victims:
+                last = None
+                for seq, size in writer.execute(
+                    "SELECT last_seq, length(body) FROM segments WHERE stream = ? ORDER BY last_seq",
+                    (number,),
+                ):
+                    if budget <= 0 or nbytes <= 0:
+                        break
+                    last, budget, nbytes = seq, budget - 1, nbytes - size
+                else:
+                    writer.execute("DELETE FROM segments WHERE stream = ?", (number,))
+                    writer.execute("DELETE FROM streams WHERE n = ?", (number,))
+                    removed += 1
+                    continue
+                if last is not None:
+                    writer.execute("DELETE FROM segments WHERE stream = ? AND last_seq <= ?", (number, last))
+                    writer.execute("UPDATE streams SET first_seq = ? WHERE n = ?", (last + 1, number))
+                break
+            return removed, removed < limit and bool(victims)
+
+    def vacuum(self) -> bool:
+        """Give some free pages back to the file system; return whether there are more to give."""
+        with self._translated():
+            writer = self._writer()
+            pages: int = writer.execute("PRAGMA page_count").fetchone()[0]
+            free: int = writer.execute("PRAGMA freelist_count").fetchone()[0]
+            excess = free - int(pages * VACUUM_SLACK)
+            if excess <= 0:
+                return False
+            writer.execute(f"PRAGMA incremental_vacuum({min(excess, VACUUM_PAGES)})").fetchall()
+            return excess > VACUUM_PAGES
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def read(self, stream_id: str, after_seq: int, limit: int, max_bytes: int) -> list[Event]:
+        """Return events after `after_seq`. Raises StoreCorruptError naming the seqs that are damaged or missing."""
+        found: list[Event] = []
+        nbytes = 0
+        with self._reading() as reader:
+            stream = reader.execute(
+                "SELECT n, first_seq, last_seq FROM streams WHERE id = ?", (stream_id,)
+            ).fetchone()
+            if stream is None or limit < 1:
+                return found
+            number, first_seq, last_seq = stream
+            due = max(after_seq + 1, first_seq)
+            rows = reader.execute(
+                "SELECT first_seq, last_seq, epoch, crc, body FROM segments WHERE stream = ? AND last_seq >= ?"
+                " ORDER BY last_seq",
+                (number, due),
+            )
+            for first, last, epoch, crc, body in rows:
+                if first > due:
+                    if found:
+                        return found
+                    raise _missing(stream_id, due, first - 1)
+                try:
+                    events = decode((number, first, last, epoch), crc, body)
+                except ValueError as exc:
+                    if found:  # what is sound is given first; the next read, from here, reports the damage
+                        return found
+                    raise StoreCorruptError(
+                        f"stream {stream_id}: the stored events {first} to {last} are damaged ({exc}); those before "
+                        f"and after can still be read; restore {self.path} from a copy to have them back"
+                    ) from exc
+                for event in events[due - first :]:
+                    nbytes += event.nbytes
+                    if len(found) == limit or (found and nbytes > max_bytes):
+                        return found
+                    found.append(event)
+                due = last + 1
+        if not found and last_seq is not None and due <= last_seq:
+            raise _missing(stream_id, due, last_seq)
+        return found
+
+    def get(self, stream_id: str | None, key: str | None) -> StoredStream | None:
+        """Return one stream, by its id or as the highest id of a key."""
+        with self._reading() as reader:
+            if stream_id is not None:
+                row = reader.execute(f"{_STREAM} WHERE s.id = ?", (stream_id,)).fetchone()
+            else:
+                row = reader.execute(
+                    f"{_STREAM} WHERE s.key IS NOT NULL AND s.key = ? ORDER BY s.id DESC LIMIT 1", (key,)
+                ).fetchone()
+        return None if row is None else _stored(row)
+
+    def unfinished(self) -> list[StoredStream]:
+        """Return the streams without an outcome, lowest id first."""
+        with self._reading() as reader:
+            return [_stored(r) for r in reader.execute(f"{_STREAM} WHERE s.state IS NULL ORDER BY s.id")]
+
+    def list(self, before_id: str | None, states: Sequence[str] | None, limit: int) -> Sequence[StoredStream]:
+        """Return ended streams, highest id first: one walk down an index, or one per state, merged."""
+        below, bounds = ("", ()) if before_id is None else (" AND s.id < ?", (before_id,))
+        order = " ORDER BY s.id DESC LIMIT ?"
+        with self._reading() as reader:
+            if states is None:
+                rows = reader.execute(f"{_STREAM} WHERE +s.state IS NOT NULL{below}{order}", (*bounds, limit))
+                return [_stored(row) for row in rows]
+            walks = (
+                reader.execute(
+                    f"{_STREAM} WHERE s.state = ?{below}{order}", (state, *bounds, limit)
+                ).fetchall()
+                for state in sorted(set(states))
+            )
+            merged = merge(*walks, key=lambda row: str(row[0]), reverse=True)
+            return [_stored(row) for row, _ in zip(merged, range(limit), strict=False)]
+
+    # --- connections -------------------------------------------------------------------------------------------------
+
+    def _connect(self, *, reader: bool = False) -> sqlite3.Connection:
+        return schema.connect(
+            self.path.resolve(),
+            busy_timeout_s=self.busy_timeout_s,
+            synchronous=self.synchronous,
+            reader=reader,
+        )
+
+    def _writer(self) -> sqlite3.Connection:
+        if self.writer is None:
+            self.writer = self._connect()
+        return self.writer
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._translated():
+            try:
+                writer = self._writer()
+                writer.execute("BEGIN IMMEDIATE")
+                yield writer
+                writer.execute("COMMIT")
+            except BaseException:
+                self._roll_back()
+                raise
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """Read from one state of the database."""
+        reader = self.reader
+        if reader is None:
+            raise StoreError(f"{self.path} is closed; nothing can be read from it")
+        with self._translated():
+            reader.execute("BEGIN")
+            try:
+                yield reader
+            finally:
+                reader.execute("ROLLBACK")
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as exc:
+            raise schema.translate(exc, self.path) from exc
+
+    @staticmethod
+    def _counter(connection: sqlite3.Connection) -> int:
+        commits: int = connection.execute("SELECT commits FROM store").fetchone()[0]
+        return commits
+
+
+def _stored(row: Sequence[Any]) -> StoredStream:  # Any: columns of a row
+    return StoredStream(
+        id=row[0],
+        key=row[1],
+        created_at=row[2],
+        head=row[3],
+        state=row[4],
+        ended_at=row[5],
+        outcome=row[6],
+        epoch=row[7],
+        first_seq=row[8],
+        last_seq=row[9],
+    )
+
+
+def _missing(stream_id: str, first_seq: int, last_seq: int) -> StoreCorruptError:
+    return StoreCorruptError(
+        f"stream {stream_id}: the stored events {first_seq} to {last_seq} are missing, and no retention removed them; "
+        f"restore the file from a copy to have them back"
+    )
+
+
+def _is_rejection(exc: Exception) -> bool:
+    """Whether what failed is the data given, which no retry can mend, rather than the disk or the file."""
+    if isinstance(exc, sqlite3.Error):
+        return isinstance(
+            exc,
+            sqlite3.IntegrityError | sqlite3.DataError | sqlite3.InterfaceError | sqlite3.ProgrammingError,
+        )
+    return not isinstance(exc, MemoryError | OSError)
