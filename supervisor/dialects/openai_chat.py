@@ -111,19 +111,19 @@ class _Choice:
         self.calls = CallSorter()
         self.finish_reason: str | None = None
         self.streamed = False
+        """It came in deltas: a whole message after them is a repetition."""
 
 
 # --- the reader ------------------------------------------------------------------------------------------------------
 
 
 class _ChatReader:
-    __slots__ = ("_begun", "_choices", "_model", "_open", "_response_id", "_terminal")
+    __slots__ = ("_choices", "_first", "_model", "_open", "_response_id", "_terminal")
 
     def __init__(self) -> None:
         self._choices: dict[int, _Choice] = {}
         self._open = 0
-        self._begun = False
-        """Choice 0 has text, and model and id are known or will not be: the shortest way is open."""
+        self._first: _Choice | None = None
         self._model: str | None = None
         self._response_id: str | None = None
         self._terminal = False
@@ -137,20 +137,28 @@ class _ChatReader:
         except (ValueError, RecursionError):
             return self._read_tolerant(data)
         choices = chunk.choices
-        if len(choices) == 1 and chunk.usage is None and self._begun:
+        first = self._first
+        if first is not None and len(choices) == 1 and chunk.usage is None:
+            # The shortest way, for nearly every event of nearly every stream.
             choice = choices[0]
-            part = choice.delta
-            text = part.content
-            if (
-                text
-                and not choice.finish_reason
-                and not choice.index
-                and part.tool_calls is None
-                and not part.reasoning_content
-                and not part.reasoning
-                and not part.refusal
-            ):
-                return (Delta(text),)
+            if not choice.finish_reason and not choice.index:
+                part = choice.delta
+                text = part.content
+                reasoning = part.reasoning_content or part.reasoning
+                calls = part.tool_calls
+                if calls or part.refusal:
+                    if calls and not (text or reasoning or part.refusal) and len(calls) == 1:
+                        call = calls[0]
+                        function = call.function
+                        if function is not None and not call.id and not function.name and function.arguments:
+                            piece = first.calls.go_on(call.index, function.arguments)
+                            if piece is not None:
+                                return (Delta("", "", "", (piece,)),)
+                elif text:
+                    if not reasoning:
+                        return (Delta(text),)
+                elif reasoning:
+                    return (Delta("", reasoning),)
         if not choices:
             # An empty list is usage, a keep-alive, or an odd error.
             return self._read_tolerant(data)
@@ -240,12 +248,7 @@ class _ChatReader:
         self, parts: list[_Part], usage: Usage | None, model: str | None, response_id: str | None
     ) -> tuple[Delta, ...]:
         """Change the state by what was read, and tell it."""
-        for part in parts:
-            if not 0 <= part.choice < MAX_CHOICES:
-                raise UnparseableError(f"choice index {part.choice} is out of range (0 to {MAX_CHOICES - 1})")
-            known = self._choices.get(part.choice)
-            if part.pieces and len(part.pieces) + (len(known.calls) if known else 0) > MAX_CALLS:
-                raise UnparseableError(f"more than {MAX_CALLS} tool calls in one choice")
+        self._check(parts)
         new_model = new_id = None
         if model and self._model is None:
             new_model = self._model = model
@@ -258,14 +261,14 @@ class _ChatReader:
             if choice is None:
                 choice = self._choices[part.choice] = _Choice()
                 self._open += 1
-            if part.whole and choice.streamed:
+                if part.choice == 0:
+                    self._first = choice
+            if not part.whole:
+                choice.streamed = True
+            elif choice.streamed:
                 # The whole answer repeated after its pieces: only how it ended is new.
                 part = _Part(part.choice, finish_reason=part.finish_reason)  # noqa: PLW2901 - the part as it counts
             calls = tuple(filter(None, map(choice.calls.take, part.pieces))) if part.pieces else ()
-            if part.text or part.reasoning or part.refusal or calls:
-                choice.streamed = True
-                if part.text and part.choice == 0:
-                    self._begun = True
             finish_reason = part.finish_reason
             if finish_reason is not None:
                 if choice.finish_reason is None:
@@ -273,17 +276,7 @@ class _ChatReader:
                 choice.finish_reason = finish_reason
             elif not (part.text or part.reasoning or part.refusal or calls or (is_new and part.choice)):
                 continue
-            deltas.append(
-                Delta(
-                    part.text,
-                    part.reasoning,
-                    part.refusal,
-                    calls,
-                    part.choice,
-                    finish_reason,
-                    None,
-                )
-            )
+            deltas.append(Delta(part.text, part.reasoning, part.refusal, calls, part.choice, finish_reason))
         if usage is not None or new_model is not None or new_id is not None:
             if deltas:
                 deltas[0] = msgspec.structs.replace(
@@ -292,6 +285,15 @@ class _ChatReader:
             else:
                 deltas.append(Delta(usage=usage, model=new_model, response_id=new_id))
         return tuple(deltas)
+
+    def _check(self, parts: list[_Part]) -> None:
+        pieces = sum(len(part.pieces) for part in parts)
+        for part in parts:
+            if not 0 <= part.choice < MAX_CHOICES:
+                raise UnparseableError(f"choice index {part.choice} is out of range (0 to {MAX_CHOICES - 1})")
+            known = self._choices.get(part.choice)
+            if part.pieces and pieces + (len(known.calls) if known else 0) > MAX_CALLS:
+                raise UnparseableError(f"more than {MAX_CALLS} tool calls in one choice")
 
 
 # --- the tolerant way ------------------------------------------------------------------------------------------------

@@ -92,6 +92,15 @@ class CallSorter:
     def __len__(self) -> int:
         return len(self._ordinals)
 
+    def go_on(self, at: int | None, arguments: str) -> ToolCallDelta | None:
+        """Take a piece that has only an index and arguments, if the index is known. What `take` does, sooner."""
+        call = self._by_index.get(at) if at is not None else None
+        if call is None:
+            return None
+        self._last = call
+        call.watch(arguments)
+        return ToolCallDelta(call.ordinal, "", "", arguments)
+
     def take(self, piece: CallPiece) -> ToolCallDelta | None:
         """Return the piece with its call's ordinal; None if it adds nothing."""
         call, repeated = self._find(piece)
