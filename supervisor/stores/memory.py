@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Sequence
+from heapq import nlargest
 from itertools import islice
 
 import attrs
@@ -224,16 +225,16 @@ class MemoryStore:
         """Return up to `limit` ended streams with ids below `before_id`, highest id first."""
         await trio.lowlevel.checkpoint()
         wanted = None if states is None else frozenset(states)
-        ids = sorted(
+        ids = nlargest(
+            max(limit, 0),
             (
                 stream_id
                 for stream_id, kept in self._ended.items()
                 if (before_id is None or stream_id < before_id)
                 and (wanted is None or kept.stream.state in wanted)
             ),
-            reverse=True,
         )
-        return [self._ended[i].describe() for i in ids[: max(limit, 0)]]
+        return [self._ended[i].describe() for i in ids]
 
     async def prune(
         self, *, ended_before: float | None = None, keep: int | None = None, limit: int = 500
