@@ -85,7 +85,7 @@ _CONTEXT: Final = re.compile(
 )
 _MESSAGES: Final[tuple[tuple[FaultKind, re.Pattern[str]], ...]] = (
     ("rate_limit", re.compile(r"rate.?limit|too many requests|quota|throttl", re.IGNORECASE)),
-    ("overloaded", re.compile(r"overload|at capacity|unavailable|too busy", re.IGNORECASE)),
+    ("overloaded", re.compile(r"overload|capacity|unavailable|too busy", re.IGNORECASE)),
     ("content_filter", re.compile(r"content (policy|filter|management)|flagged|moderation", re.IGNORECASE)),
     ("auth", re.compile(r"api[ _-]?key|unauthori[sz]ed|authenticat|permission|forbidden", re.IGNORECASE)),
     ("timeout", re.compile(r"time(d)?[ -]?out", re.IGNORECASE)),

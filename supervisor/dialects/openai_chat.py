@@ -124,6 +124,7 @@ class _ChatReader:
         self._choices: dict[int, _Choice] = {}
         self._open = 0
         self._first: _Choice | None = None
+        """Choice 0, once the model is known or will not be: from then on the shortest way is open."""
         self._model: str | None = None
         self._response_id: str | None = None
         self._terminal = False
@@ -261,14 +262,14 @@ class _ChatReader:
             if choice is None:
                 choice = self._choices[part.choice] = _Choice()
                 self._open += 1
-                if part.choice == 0:
-                    self._first = choice
             if not part.whole:
                 choice.streamed = True
             elif choice.streamed:
                 # The whole answer repeated after its pieces: only how it ended is new.
                 part = _Part(part.choice, finish_reason=part.finish_reason)  # noqa: PLW2901 - the part as it counts
             calls = tuple(filter(None, map(choice.calls.take, part.pieces))) if part.pieces else ()
+            if part.choice == 0 and (self._model is not None or part.text):
+                self._first = choice
             finish_reason = part.finish_reason
             if finish_reason is not None:
                 if choice.finish_reason is None:

@@ -35,6 +35,7 @@ from supervisor.wire.sse import SSEDecoder
 __all__ = ["BodyReader", "Sink"]
 
 _HEAD_BYTES: Final = 2048
+_FIELDS: Final = (b":", b"data", b"event", b"id", b"retry")
 
 
 class Sink(Protocol):
@@ -112,6 +113,7 @@ class BodyReader:
         "_seen_comments",
         "_seen_stray",
         "_sink",
+        "_stray_fault",
         "events",
         "skipped",
         "terminal",
@@ -147,6 +149,7 @@ class BodyReader:
         self._ended = False
         self._seen_comments = 0
         self._seen_stray = 0
+        self._stray_fault: Fault | None = None
         # The beginning of the body, kept until the first event shows that it is a stream.
         self._head: bytearray | None = bytearray()
         self._head_limit = 0
@@ -169,16 +172,18 @@ class BodyReader:
         except RemoteProtocolError as exc:
             self._fail("protocol", Fault(kind="protocol", message=str(exc)))
             return
+        if len(decoder.stray) != self._seen_stray:
+            self._look_at_stray()
         if events:
             self._head = None
             self._take(events)
         elif decoder.comments != self._seen_comments:
             self._seen_comments = decoder.comments
             self._sink.touch()
-        if decoder.fault is not None:
+        if self._stray_fault is not None:
+            self._fail("provider_error", self._stray_fault)
+        elif decoder.fault is not None:
             self._fail("protocol", Fault(kind="protocol", message=str(decoder.fault)))
-        elif len(decoder.stray) != self._seen_stray:
-            self._look_at_stray()
 
     def end(self, *, clean: bool, cause: str = "") -> None:
         """Say that the body has ended (`clean`: its framing was complete), or that the connection died of `cause`.
@@ -202,7 +207,7 @@ class BodyReader:
             self._fail("provider_error", fault)
         elif (reason := self._reader.ending()) is not None:
             self._sink.complete(reason)
-        elif clean and bare and not bare.startswith(b":") and self._never_a_stream():
+        elif clean and bare and not bare.startswith(_FIELDS) and self._never_a_stream():
             what = f"{self._content_type}; it begins: " if self._content_type else "it begins: "
             message = f"the body is not a stream of {self._dialect.name} events ({what}{shown(bare, 200)!r})"
             self._fail("protocol", Fault(kind="protocol", message=message))
@@ -246,7 +251,8 @@ class BodyReader:
         reason = self._reader.ending()
         if any(delta.terminal for delta in deltas):
             self.terminal = True
-            self._sink.complete(reason or "done")
+            if self._stray_fault is None:
+                self._sink.complete(reason or "done")
         elif reason is not None and not self._marked and not self._sink.sealed:
             self._marked = True
             self._sink.mark(reason)
@@ -314,10 +320,9 @@ class BodyReader:
 
     def _look_at_stray(self) -> None:
         stray = self._decoder.stray
-        fault = _stray_fault(stray[self._seen_stray :])
+        # Which events of this read came before the error is not known: they are all kept, but the error decides.
+        self._stray_fault = _stray_fault(stray[self._seen_stray :])
         self._seen_stray = len(stray)
-        if fault is not None:
-            self._fail("provider_error", fault)
 
 
 def _stray_fault(stray: bytes, *, whole: bool = False) -> Fault | None:

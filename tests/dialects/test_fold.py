@@ -20,7 +20,9 @@ def test_text_is_the_concatenation_per_choice(pieces: list[tuple[int, str, bool]
         if look:
             fold.snapshot()
     snapshot = fold.snapshot()
-    assert [joined[choice.index] for choice in snapshot.choices] == [choice.text for choice in snapshot.choices]
+    assert [joined[choice.index] for choice in snapshot.choices] == [
+        choice.text for choice in snapshot.choices
+    ]
     assert joined[0] == snapshot.text
     held = sum(len(text.encode()) for text in joined)
     assert held + CHOICE_OVERHEAD_BYTES * len(snapshot.choices) == fold.nbytes
@@ -46,8 +48,8 @@ def test_snapshots_do_not_change_afterwards() -> None:
     fold.apply(Delta(text="a"))
     before = fold.snapshot(2, 7)
     fold.apply(Delta(text="b", finish_reason="stop"))
-    assert ("a", None, 2, 7) == (before.text, before.finish_reason, before.epoch, before.seq)
-    assert "ab" == fold.snapshot().text
+    assert (before.text, before.finish_reason, before.epoch, before.seq) == ("a", None, 2, 7)
+    assert fold.snapshot().text == "ab"
 
 
 def test_a_later_usage_replaces_the_earlier_whole() -> None:
@@ -68,7 +70,7 @@ def test_tool_calls_are_kept_by_choice_and_index() -> None:
     snapshot = fold.snapshot()
     assert (ToolCall("a", "f", "[]"), ToolCall("b", "g", "{}")) == snapshot.tool_calls
     assert (ToolCall("z", "h", "1"),) == snapshot.choices[1].tool_calls
-    assert 2 * CHOICE_OVERHEAD_BYTES + 3 * CALL_OVERHEAD_BYTES + 11 == fold.nbytes
+    assert fold.nbytes == 2 * CHOICE_OVERHEAD_BYTES + 3 * CALL_OVERHEAD_BYTES + 11
 
 
 def test_contentless_deltas_open_no_choice() -> None:
@@ -76,11 +78,11 @@ def test_contentless_deltas_open_no_choice() -> None:
     fold = Fold()
     fold.apply(Delta(usage=Usage(1, 2), model="m", response_id="r"))
     fold.apply(Delta(terminal=True))
-    assert () == fold.snapshot().choices
-    assert ("m", "r") == (fold.snapshot().model, fold.snapshot().response_id)
+    assert fold.snapshot().choices == ()
+    assert (fold.snapshot().model, fold.snapshot().response_id) == ("m", "r")
     fold.apply(Delta(choice=1))
-    assert [1] == [choice.index for choice in fold.snapshot().choices]
-    assert "" == fold.snapshot().text
+    assert [choice.index for choice in fold.snapshot().choices] == [1]
+    assert fold.snapshot().text == ""
 
 
 def test_reset_begins_anew() -> None:
@@ -88,6 +90,6 @@ def test_reset_begins_anew() -> None:
     fold = Fold()
     fold.apply(Delta(text="é", usage=Usage(1, 1), model="m", finish_reason="stop"))
     fold.reset()
-    assert 0 == fold.nbytes
+    assert fold.nbytes == 0
     assert Fold().snapshot() == fold.snapshot()
     assert fold.finish_reason is None

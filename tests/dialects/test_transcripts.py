@@ -32,12 +32,15 @@ def check(case: dict[str, Any], result: ReplayResult) -> None:
     if told["state"] == "completed":
         assert (case["expected_finish"] or "done", None) == (told["reason"], told["error"])
     else:
-        assert "provider_error" == told["reason"]
+        assert told["reason"] == "provider_error"
         assert told["error"]["message"]
     if case["expected_choices"] is not None:
         for expected, choice in zip(case["expected_choices"], result.snapshot.choices, strict=True):
             assert (expected["index"], expected["text"]) == (choice.index, choice.text)
-            assert (expected["reasoning"] or "", expected["refusal"] or "") == (choice.reasoning, choice.refusal)
+            assert (expected["reasoning"] or "", expected["refusal"] or "") == (
+                choice.reasoning,
+                choice.refusal,
+            )
             assert expected["finish_reason"] == choice.finish_reason
             assert expected["tool_calls"] == [
                 {"id": call.id, "name": call.name, "arguments": call.arguments} for call in choice.tool_calls
@@ -49,7 +52,7 @@ def test_whole(case: dict[str, Any]) -> None:
     """Read in one piece, nothing unreadable."""
     result = replay("openai-chat", case["body"])
     check(case, result)
-    assert 0 == result.skipped
+    assert result.skipped == 0
 
 
 @each
@@ -63,7 +66,9 @@ def test_splits(case: dict[str, Any]) -> None:
     chosen = random.Random(case["id"])
     for _ in range(3):
         cuts = sorted(chosen.choices(range(len(body) + 1), k=40))
-        check(case, replay("openai-chat", [body[a:b] for a, b in zip([0, *cuts], [*cuts, None], strict=True)]))
+        check(
+            case, replay("openai-chat", [body[a:b] for a, b in zip([0, *cuts], [*cuts, None], strict=True)])
+        )
 
 
 @each
@@ -85,7 +90,9 @@ def test_variants(case: dict[str, Any], variant: str) -> None:
 @each
 def test_cut_at_every_event_boundary(case: dict[str, Any]) -> None:
     """A body that ends, or a connection that dies, between two events is truncated unless the answer had ended."""
-    events = [block + b"\n\n" for block in case["body"].replace(b"\r\n", b"\n").split(b"\n\n") if block.strip()]
+    events = [
+        block + b"\n\n" for block in case["body"].replace(b"\r\n", b"\n").split(b"\n\n") if block.strip()
+    ]
     live = RecordingSink()
     growing = BodyReader(OPENAI_CHAT, live)
     step = max(1, len(events) // 40)
@@ -97,10 +104,10 @@ def test_cut_at_every_event_boundary(case: dict[str, Any]) -> None:
         if live.sealed:
             assert (live.state, live.reason) == (result.state, result.reason)
         elif growing._reader.ending() is not None:
-            assert "completed" == result.state
+            assert result.state == "completed"
             assert live.marks
         else:
-            assert ("failed", "truncated") == (result.state, result.reason)
+            assert (result.state, result.reason) == ("failed", "truncated")
             assert result.fault is not None
-            assert "truncated" == result.fault.kind
+            assert result.fault.kind == "truncated"
         assert live.snapshot.text == result.snapshot.text

@@ -1,0 +1,154 @@
+"""The kinds of providers' errors, and their messages."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from supervisor.dialects.faults import MAX_MESSAGE_CHARS, classify, error_fault, find_fault, http_fault
+from supervisor.dialects.openai_chat import OPENAI_CHAT
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                ["error", "errors", "message", "detail", "code", "type", "status", "object", "retry_after"]
+            )
+            | st.text(max_size=5),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=15,
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "words", "status", "kind", "temporary"),
+    [
+        ("m", ("rate_limit_exceeded",), None, "rate_limit", True),
+        ("m", ("RateLimitError",), None, "rate_limit", True),
+        ("m", ("RESOURCE_EXHAUSTED",), 429, "rate_limit", True),
+        ("You exceeded your current quota", ("insufficient_quota",), 429, "rate_limit", False),
+        ("m", ("overloaded_error",), 529, "overloaded", True),
+        ("m", ("engine_overloaded",), 503, "overloaded", True),
+        ("m", ("invalid_api_key",), 401, "auth", False),
+        ("m", (), 403, "auth", False),
+        ("m", (), 402, "auth", False),
+        ("m", ("context_length_exceeded", "invalid_request_error"), 400, "context_length", False),
+        (
+            "This model's maximum context length is 8192 tokens",
+            ("BadRequestError",),
+            400,
+            "context_length",
+            False,
+        ),
+        ("prompt is too long: 9 > 8", ("invalid_request_error",), 400, "context_length", False),
+        ("m", ("content_filter",), 400, "content_filter", False),
+        ("m", ("data_inspection_failed",), 400, "content_filter", False),
+        ("m", ("invalid_request_error",), None, "invalid_request", False),
+        ("m", ("NotFoundError",), 404, "invalid_request", False),
+        ("m", ("tool_use_failed",), None, "invalid_request", False),
+        ("m", ("server_error",), None, "server", True),
+        ("m", ("InternalServerError",), 500, "server", True),
+        ("m", ("502",), None, "server", True),
+        ("m", ("429",), None, "rate_limit", True),
+        ("m", (), 408, "timeout", True),
+        ("m", ("DEADLINE_EXCEEDED",), 504, "timeout", True),
+        ("Too many requests, slow down", (), None, "rate_limit", True),
+        ("The engine is currently overloaded", (), None, "overloaded", True),
+        ("Incorrect API key provided", (), None, "auth", False),
+        ("flagged by our content policy", (), None, "content_filter", False),
+        ("The request timed out", (), None, "timeout", True),
+        ("something", (), None, "server", True),
+    ],
+)
+def test_kinds(
+    *, message: str, words: tuple[str, ...], status: int | None, kind: str, temporary: bool
+) -> None:
+    """A kind comes from the most specific statement, and says whether trying again may help."""
+    assert (kind, temporary) == classify(message=message, words=words, status=status)
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "code"),
+    [
+        (b'{"error":{"message":"m","type":"t","code":"c"}}', "m", "c"),
+        (b'{"error":{"message":"m","type":"t","code":null}}', "m", "t"),
+        (b'{"error":{"message":"m","code":42}}', "m", "42"),
+        (b'{"error":"m","code":"c"}', "m", "c"),
+        (b'{"error":{"error":{"message":"m"}}}', "m", None),
+        (b'{"errors":[{"message":"m"}]}', "m", None),
+        (b'{"error":true,"message":"m"}', "m", None),
+        (b'{"detail":{"error":{"message":"m"}}}', "m", None),
+        (b'{"detail":[{"msg":"a"},{"msg":"b"}]}', "a", None),
+        (b'{"message":"m"}', "m", None),
+        (b'"m"', "m", None),
+        (b"plain\n text", "plain text", None),
+        (b"<html><head><title>502 Bad\nGateway</title></head><body>x</body></html>", "502 Bad Gateway", None),
+        (b"", "HTTP status 502 without a message", None),
+        (b"{}", "{}", None),
+    ],
+)
+def test_http_errors(body: bytes, message: str, code: str | None) -> None:
+    """An HTTP error tells the provider's message and code, from JSON of any usual shape, text or a page's title."""
+    fault = OPENAI_CHAT.fault(502, body)
+    assert (message, code, 502) == (fault.message, fault.code, fault.status)
+    assert (fault.kind, fault.temporary) == ("server", True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "seconds"),
+    [
+        ({"message": "Please try again in 1.5s."}, 1.5),
+        ({"message": "Please retry after 20 seconds"}, 20.0),
+        ({"message": "try again in 250ms"}, 0.25),
+        ({"message": "wait 2 minutes"}, 120.0),
+        ({"message": "x", "retry_after": 7}, 7.0),
+        ({"message": "x", "retry_after_ms": 1500}, 1.5),
+        ({"message": "x", "retry_after": True}, None),
+        ({"message": "x"}, None),
+    ],
+)
+def test_when_to_try_again(fields: dict[str, Any], seconds: float | None) -> None:
+    """A stated delay is read in seconds, from a field or from the message."""
+    assert seconds == error_fault({**fields, "code": 429}).retry_after_s
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"code": 0, "message": "ok"},
+        {"code": "200", "message": "ok"},
+        {"type": "status", "message": "searching"},
+        {"error": None, "message": "hello"},
+        {"status": 200, "message": "fine"},
+        {"id": 1},
+        "error",
+        [],
+    ],
+)
+def test_what_is_no_error(value: Any) -> None:
+    """A message without an error code, or with one that says all is well, is no error."""
+    assert find_fault(value) is None
+
+
+@given(json_values, st.sampled_from([400, 429, 500]))
+def test_any_json_gives_a_bounded_fault(value: Any, status: int) -> None:
+    """Whatever the body, there is a message, it is bounded, and nothing raises."""
+    fault = http_fault(status, json.dumps(value).encode())
+    assert fault.message
+    assert len(fault.message) <= MAX_MESSAGE_CHARS
+    assert error_fault(value).message
+    find_fault(value)
+
+
+def test_long_messages_are_cut() -> None:
+    """A message of megabytes is not carried along."""
+    assert len(error_fault("x" * 1_000_000).message) == MAX_MESSAGE_CHARS
