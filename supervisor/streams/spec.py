@@ -176,7 +176,9 @@ def _key(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> 
         raise ConfigurationError("key", value, f"a string of 1 to {MAX_KEY_CHARS} characters, or None")
 
 
-def _labels(_instance: object, _attribute: attrs.Attribute[Any], value: Mapping[object, object]) -> None:
+def _labels(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, Mapping):
+        raise ConfigurationError("labels", value, "a mapping of strings to strings")
     good = len(value) <= MAX_LABELS and all(
         isinstance(name, str) and isinstance(text, str) and 0 < len(name) <= MAX_LABEL_CHARS >= len(text)
         for name, text in value.items()
@@ -189,14 +191,6 @@ def _labels(_instance: object, _attribute: attrs.Attribute[Any], value: Mapping[
         )
 
 
-def _as_labels(value: Mapping[str, str] | None) -> Mapping[str, str]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise ConfigurationError("labels", value, "a mapping of strings to strings")
-    return dict(value)
-
-
 @attrs.frozen(kw_only=True)
 class StreamSpec:
     """What is known of a stream before it starts; kept with it, and written to the store as its head."""
@@ -204,7 +198,7 @@ class StreamSpec:
     key: str | None = attrs.field(default=None, validator=_key)
     upstream: str | None = None
     dialect: str = "native"
-    labels: Mapping[str, str] = attrs.field(default=None, converter=_as_labels, validator=_labels)
+    labels: Mapping[str, str] = attrs.field(factory=dict, validator=_labels)
     deadlines: Deadlines = attrs.field(factory=Deadlines, validator=attrs.validators.instance_of(Deadlines))
     on_detach: OnDetach = attrs.field(factory=OnDetach, validator=attrs.validators.instance_of(OnDetach))
     delivery: Delivery = attrs.field(default="immediate", validator=_one_of(*get_args(Delivery)))

@@ -212,7 +212,7 @@ class Supervisor:
             key=key,
             upstream=upstream if upstream is not None else getattr(source, "upstream", None),
             dialect="native" if chosen is None else chosen.name,
-            labels=labels,
+            labels={} if labels is None else labels,
             deadlines=self.deadlines if deadlines is None else deadlines,
             on_detach=OnDetach() if on_detach is None else on_detach,
             delivery=delivery,
@@ -244,17 +244,18 @@ class Supervisor:
         """Make sure that there is room for one more, or raise AdmissionError with nothing changed."""
         freed = replacing is not None and not replacing.sealed
         busy = len(self._live) - freed
-        if busy >= self.limits.max_live and self.limits.when_full == "reap_oldest":
-            oldest = next(stream for stream in self._live.values() if stream is not replacing)
-            message = f"{busy} streams are live and the limit is {self.limits.max_live}; the oldest made room"
-            self.memory.reap(oldest, "reaped_count", message)
-            busy -= 1
+        full = busy >= self.limits.max_live
         # Streams that are settling hold tasks and sockets too: they may be as many again as live ones, and no more.
-        if busy >= self.limits.max_live or len(self._settling) >= max(self.limits.max_live, SLICE):
+        choked = len(self._settling) >= max(self.limits.max_live, SLICE)
+        if choked or (full and self.limits.when_full == "reject"):
             self._rejected += 1
             raise AdmissionError(
                 live=busy, limit=self.limits.max_live, retry_after_s=self.limits.retry_after_s
             )
+        if full:
+            oldest = next(stream for stream in self._live.values() if stream is not replacing)
+            message = f"{busy} streams are live and the limit is {self.limits.max_live}; the oldest made room"
+            self.memory.reap(oldest, "reaped_count", message)
 
     def _register(
         self, stream_id: str, spec: StreamSpec, source: Source, dialect: Dialect | None, head: bytes
