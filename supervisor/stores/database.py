@@ -250,7 +250,8 @@ class Database:
             excess = free - int(pages * VACUUM_SLACK)
             if excess <= 0:
                 return False
-            writer.execute(f"PRAGMA incremental_vacuum({min(excess, VACUUM_PAGES)})").fetchall()
+            # executescript, since execute() steps a statement without columns once, and a step frees one page
+            writer.executescript(f"PRAGMA incremental_vacuum({min(excess, VACUUM_PAGES)})")
             return excess > VACUUM_PAGES
 
     # --- reading -----------------------------------------------------------------------------------------------------

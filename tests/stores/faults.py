@@ -18,6 +18,8 @@ class Faults:
 
     before: Callable[[str], None] = lambda _: None
     after: Callable[[str], None] = lambda _: None
+    rewrite: dict[str, str] = attrs.field(factory=dict)
+    """Statements to run others in the place of."""
     connections: int = 0
     writes: threading.Event = attrs.field(factory=threading.Event)
     """While it is not set, a BEGIN waits."""
@@ -35,7 +37,7 @@ class _Connection:
         if statement.startswith("BEGIN"):
             self._faults.writes.wait(10)
         self._faults.before(statement)
-        result = self._real.execute(statement, *args)
+        result = self._real.execute(self._faults.rewrite.get(statement, statement), *args)
         self._faults.after(statement)
         return result
 
