@@ -1,0 +1,397 @@
+"""One WebSocket connection, seen from either end: what both the server's sessions and the client library stand on.
+
+trio-websocket does the handshake, puts messages together and answers Pings. Around it stands `GuardedStream`, through which
+all its bytes pass both ways, and beside it `Link`, which does all the sending of data. The reasons:
+
+- A send that is cancelled half-way leaves half a frame on the wire, and everything after it is garbage. So one writer task
+  sends, no caller does; a send that makes no progress within `stall_s` ends the connection; and a connection whose send
+  was interrupted for whatever reason is never written to again.
+- Closing is ours too. trio-websocket raises out of its reader task if a Ping arrives after its own Close (its issue 184),
+  always records a local close as 1000, and waits without limit for the peer. We write the Close frame ourselves, so that
+  its state stays "open"; from then on the guard lets in nothing but the peer's Close, and drops what is still sent.
+- What waits to be sent is bounded in bytes (`Outbox`): who produces waits, or is refused, and nothing grows.
+- A peer that is gone without a word is noticed by a heartbeat: any byte received is a sign of life.
+
+Cancelling `Link.send` or `Link.receive` loses nothing and breaks nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NoReturn
+
+import attrs
+import trio
+import trio_websocket
+
+from supervisor.control.frames import (
+    OP_CLOSE,
+    OP_PING,
+    OP_TEXT,
+    FrameError,
+    FrameScanner,
+    build_close,
+    build_frame,
+)
+from supervisor.control.messages import CloseCode
+from supervisor.errors import ControlClosedError
+
+__all__ = ["GuardedStream", "Link", "LinkLimits", "Outbox"]
+
+_HEAD_END = b"\r\n\r\n"
+_READ_BYTES = 64 << 10
+_DRAIN_BYTES = 1 << 20  # how much of a misbehaving peer's data is read away so that it can see our Close
+ABNORMAL = 1006
+NORMAL = 1000
+
+
+@attrs.frozen(kw_only=True)
+class LinkLimits:
+    """What bounds one connection at either end. Times in seconds, sizes in bytes."""
+
+    max_message_bytes: int = 8 << 20
+    """One message received, in bytes of UTF-8."""
+    max_fragments: int = 1024
+    """Frames of one message received."""
+    max_head_bytes: int = 16 << 10
+    """The HTTP head of the handshake."""
+    outbox_bytes: int = 256 << 10
+    """Waiting to be sent; one message may go over it."""
+    send_chunk_bytes: int = 256 << 10
+    stall_s: float = 10.0
+    """Every `send_chunk_bytes` must be taken by the peer in this time."""
+    ping_every_s: float = 20.0
+    ping_answer_s: float = 20.0
+    close_s: float = 2.0
+    """How long a closing handshake, with what is still to be sent before it, may take."""
+
+
+class GuardedStream(trio.abc.Stream):
+    """The transport as trio-websocket sees it, with the rules of this module in both directions."""
+
+    def __init__(self, transport: trio.abc.Stream, *, client: bool, limits: LinkLimits) -> None:
+        self._transport = transport
+        self._client = client
+        self._limits = limits
+        self._scanner = FrameScanner(
+            masked=not client, max_message_bytes=limits.max_message_bytes, max_fragments=limits.max_fragments
+        )
+        self._lock = trio.Lock()
+        self._head: bytearray | None = bytearray()  # None once the handshake's head has been read
+        self._framed = False
+        self._answered = False
+        self._broken = False
+        self._close_sent = False
+        self._open = False
+        self.last_received = trio.current_time()
+        self.fault: FrameError | None = None
+        """What the peer did wrong, if that is why nothing more is received."""
+        self.stalled = False
+        self.over = trio.Event()
+        """Set when nothing more will be received, for whatever reason, or nothing more can be sent."""
+
+    # --- receiving: only trio-websocket's reader task ----------------------------------------------------------------
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Return bytes that trio-websocket may see; b"" when there will be no more."""
+        del max_bytes  # whole frames are passed on, whatever their size; it was judged before they were kept
+        while not self.over.is_set() and not (self._close_sent and self._scanner.close_received):
+            data = await self._read()
+            if not data:
+                break
+            try:
+                allowed = self._admit(data)
+            except FrameError as fault:
+                self.fault = fault
+                break
+            if allowed:
+                return allowed
+        self.over.set()
+        return b""
+
+    async def _read(self) -> bytes:
+        try:
+            data = bytes(await self._transport.receive_some(_READ_BYTES))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return b""
+        self.last_received = trio.current_time()
+        return data
+
+    def _admit(self, data: bytes) -> bytes:
+        if not self._framed:
+            return self._handshake_bytes(data)
+        if not (self._client or self._answered):
+            raise FrameError(CloseCode.PROTOCOL_ERROR, "frames before the handshake was answered")
+        return self._scanner.feed(data)
+
+    def _handshake_bytes(self, data: bytes) -> bytes:
+        if self._head is None:  # after the head, but not framed: a client is reading the body of a refusal
+            return data
+        self._head += data
+        end = self._head.find(_HEAD_END)
+        if len(self._head) > self._limits.max_head_bytes and not 0 <= end < self._limits.max_head_bytes:
+            raise FrameError(CloseCode.PROTOCOL_ERROR, "the handshake is too long")
+        if end < 0:
+            return data
+        before = len(self._head) - len(data)
+        cut = end + len(_HEAD_END) - before
+        accepted = not self._client or b" 101 " in self._head[:end].partition(b"\r\n")[0]
+        self._head = None
+        if not accepted:
+            return data
+        self._framed = True
+        self._open = self._client
+        rest = data[cut:]
+        if not rest:
+            return data
+        if not self._client:
+            raise FrameError(CloseCode.PROTOCOL_ERROR, "frames before the handshake was answered")
+        return data[:cut] + self._scanner.feed(rest)
+
+    # --- sending -----------------------------------------------------------------------------------------------------
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Send what trio-websocket wants to send: the handshake, Pongs and its answer to a Close."""
+        raw = bytes(data)
+        if not self._framed or (not self._answered and not self._client):
+            self._answered = True
+            await self._write(raw)
+        elif raw and raw[0] == 0x80 | OP_CLOSE:
+            await self.send_close(raw)
+        elif self._close_sent:
+            await (
+                trio.lowlevel.checkpoint()
+            )  # a Pong after our Close: legal to leave out, and what issue 184 dies of
+        else:
+            await self._write(raw)
+
+    async def send_frames(self, data: bytes) -> None:
+        """Send whole frames. Raises BrokenResourceError if they cannot be; a cancel ends the sending for good."""
+        if self._close_sent:
+            raise trio.BrokenResourceError("the connection is closing")
+        await self._write(data)
+
+    async def send_close(self, frame: bytes) -> None:
+        """Send a Close frame unless one was sent; nothing is sent after it. Raises BrokenResourceError."""
+        if self._close_sent:
+            await trio.lowlevel.checkpoint()
+            return
+        self._close_sent = True
+        self._scanner.closing = True
+        await self._write(frame)
+
+    async def _write(self, data: bytes) -> None:
+        async with self._lock:
+            if self._broken:
+                raise trio.BrokenResourceError("an earlier send was interrupted")
+            self._broken = True  # until all of it is out: also if we are cancelled in between
+            view = memoryview(data)
+            step = self._limits.send_chunk_bytes
+            try:
+                for start in range(0, len(view), step):
+                    with trio.fail_after(self._limits.stall_s):
+                        await self._transport.send_all(view[start : start + step])
+            except trio.TooSlowError:
+                self.stalled = True
+                self.over.set()
+                raise trio.BrokenResourceError("the peer does not take what is sent to it") from None
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                self.over.set()
+                raise
+            self._broken = False
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """Not needed by trio-websocket."""
+        await self._transport.wait_send_all_might_not_block()
+
+    def opened(self) -> None:
+        """Note that the handshake was accepted: from now on a Close frame is how this ends."""
+        self._open = True
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    async def aclose(self) -> None:
+        """Note that trio-websocket is done with the stream. The transport is closed by `shut`, after our Close."""
+        self.over.set()
+        await trio.lowlevel.checkpoint()
+
+    async def shut(self, code: int, reason: str) -> None:
+        """Close the connection: our Close frame, the peer's, then the transport; at most `close_s`, then by force."""
+        try:
+            with trio.move_on_after(self._limits.close_s, shield=True):
+                if self._open and not self.stalled:
+                    await self.send_close(build_close(code, reason, mask=self._client))
+                    if not self._scanner.close_received:
+                        await self._wait_for_close()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(self._transport)
+
+    async def _wait_for_close(self) -> None:
+        """Read until the peer's Close: closing a socket with unread data in it would take our own Close away."""
+        await self.over.wait()  # trio-websocket's reader goes on as long as it can
+        left = _DRAIN_BYTES
+        while left > 0 and not self._scanner.close_received:
+            data = await self._read()
+            if not data:
+                return
+            left -= len(data)
+
+
+class Outbox:
+    """Frames waiting for the writer, bounded in bytes; one frame may go over the bound."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._frames: deque[bytes] = deque()
+        self._bytes = 0
+        self._filled = trio.Event()
+        self._room = trio.Event()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes waiting."""
+        return self._bytes
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another frame is accepted now."""
+        return self._bytes < self._max_bytes
+
+    def put_nowait(self, frame: bytes) -> None:
+        """Queue a frame. Raises WouldBlock when it is full."""
+        if not self.has_room:
+            raise trio.WouldBlock
+        self.append(frame)
+
+    def append(self, frame: bytes) -> None:
+        """Queue a frame whether or not there is room: for one who has looked before a bounded batch."""
+        self._frames.append(frame)
+        self._bytes += len(frame)
+        self._filled.set()
+
+    async def put(self, frame: bytes) -> None:
+        """Queue a frame when there is room. A checkpoint; a cancel queues nothing."""
+        await trio.lowlevel.checkpoint()
+        while not self.has_room:
+            await self.wait_room()
+        self.put_nowait(frame)
+
+    async def wait_room(self) -> None:
+        """Wait until there may be room."""
+        if self.has_room:
+            await trio.lowlevel.checkpoint()
+            return
+        self._room = trio.Event() if self._room.is_set() else self._room
+        await self._room.wait()
+
+    async def take(self) -> bytes:
+        """Wait for something to send and take all of it, joined."""
+        while not self._frames:
+            self._filled = trio.Event()
+            await self._filled.wait()
+        return self.take_nowait()
+
+    def take_nowait(self) -> bytes:
+        """Take all that waits, joined; b"" if nothing does."""
+        data = b"".join(self._frames)
+        self._frames.clear()
+        self._bytes = 0
+        self._room.set()
+        return data
+
+
+class Link:
+    """An open connection: `run` it in a nursery of its own, `send` and `receive` messages, `close` it at the end."""
+
+    def __init__(
+        self,
+        socket: trio_websocket.WebSocketConnection,
+        guard: GuardedStream,
+        limits: LinkLimits,
+        *,
+        client: bool,
+    ) -> None:
+        self._socket = socket
+        self._guard = guard
+        self._limits = limits
+        self._client = client
+        self.outbox = Outbox(limits.outbox_bytes)
+
+    def frame(self, message: bytes) -> bytes:
+        """Return the frame of one text message. A server's frame can be sent to any number of links."""
+        return build_frame(OP_TEXT, message, mask=self._client)
+
+    async def send(self, message: bytes) -> None:
+        """Queue a message, waiting for room. It is sent unless the connection ends first."""
+        await self.outbox.put(self.frame(message))
+
+    def send_nowait(self, message: bytes) -> None:
+        """Queue a message. Raises WouldBlock when too much is waiting."""
+        self.outbox.put_nowait(self.frame(message))
+
+    async def receive(self) -> str | bytes:
+        """Wait for the next message. Raises ControlClosedError when there will be none."""
+        try:
+            return await self._socket.get_message()
+        except trio_websocket.ConnectionClosed:
+            raise self.ending() from None
+
+    def ending(self) -> ControlClosedError:
+        """Say why the connection ended, as far as is known: the peer's Close, its fault, or nothing at all."""
+        guard = self._guard
+        if guard.fault is not None:
+            return ControlClosedError(guard.fault.code, guard.fault.reason)
+        if guard.stalled:
+            return ControlClosedError(CloseCode.STALLED, "what was sent was not taken in time")
+        closed = self._socket.closed
+        if closed is None:
+            return ControlClosedError(ABNORMAL, "the connection was lost")
+        if closed.code == 1007:  # wsproto decodes text; the guard reads headers only
+            return ControlClosedError(CloseCode.INVALID_TEXT, "a text message that is not UTF-8")
+        return ControlClosedError(int(closed.code), closed.reason or "")
+
+    async def run(self) -> NoReturn:
+        """Write what is queued and keep the heartbeat, until cancelled. Raises ControlClosedError when it is over."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._heartbeat, nursery.cancel_scope)
+            nursery.start_soon(self._write, nursery.cancel_scope)
+            await self._guard.over.wait()
+            nursery.cancel_scope.cancel()
+        raise self._silent if self._silent is not None else self.ending()
+
+    _silent: ControlClosedError | None = None
+
+    async def _write(self, scope: trio.CancelScope) -> None:
+        try:
+            while True:
+                await self._guard.send_frames(await self.outbox.take())
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            scope.cancel()
+
+    async def _heartbeat(self, scope: trio.CancelScope) -> None:
+        guard, limits = self._guard, self._limits
+        ping = build_frame(OP_PING, b"", mask=self._client)
+        while True:
+            quiet_until = guard.last_received + limits.ping_every_s
+            if trio.current_time() < quiet_until:
+                await trio.sleep_until(quiet_until)
+                continue
+            await self.outbox.put(ping)
+            asked = trio.current_time()
+            await trio.sleep_until(asked + limits.ping_answer_s)
+            if guard.last_received < asked:
+                self._silent = ControlClosedError(CloseCode.HEARTBEAT, "no answer to a ping")
+                scope.cancel()
+
+    async def close(self, code: int, reason: str) -> None:
+        """Send what is queued, close, and give the transport up. Bounded, and not interrupted by a cancel."""
+        with trio.move_on_after(self._limits.close_s, shield=True):
+            try:
+                if rest := self.outbox.take_nowait():
+                    await self._guard.send_frames(rest)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass
+        await self._guard.shut(code, reason)

@@ -1,0 +1,912 @@
+"""The control channel's messages: JSON-RPC 2.0 envelopes and the typed parameters and results of every method.
+
+Everything a client can say or hear is a type in this file; the reference in the docs is generated from it
+(`supervisor.control.reference`), the session decodes with it and the client library encodes with it. Three rules:
+
+- What a client sends is read strictly: an unknown field, a wrong type or a value out of range is refused with the name of
+  the field and what would be right. What a client receives may grow fields: readers ignore those they do not know.
+- Units are in the names (`_s` seconds, `_bytes`); absolute times are seconds since the Unix epoch.
+- An envelope keeps `id` and `params` as the raw JSON received: the id is echoed byte for byte, and the parameters are
+  decoded once, straight into the method's own type.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+import attrs
+import msgspec
+
+from supervisor.errors import (
+    AdmissionError,
+    AuthenticationError,
+    ConfigurationError,
+    GapError,
+    KeyConflictError,
+    StoreError,
+    StreamSealedError,
+    SupervisorClosedError,
+    SupervisorError,
+    UnknownStreamError,
+    UpstreamError,
+)
+
+__all__ = [
+    "CLOSE_CODES",
+    "ERRORS",
+    "METHODS",
+    "NOTIFICATIONS",
+    "SUBPROTOCOL",
+    "Call",
+    "CancelManyResult",
+    "CancelParams",
+    "CancelResultMessage",
+    "CloseCode",
+    "CreditParams",
+    "CreditResult",
+    "CursorMessage",
+    "DeadlinesMessage",
+    "DrainParams",
+    "DrainResult",
+    "ErrorKind",
+    "ErrorMessage",
+    "EventMessage",
+    "EventsNotification",
+    "FailedNotification",
+    "GapNotification",
+    "HelloParams",
+    "HelloResult",
+    "ListParams",
+    "ListResult",
+    "Method",
+    "NoParams",
+    "OnDetachMessage",
+    "ReapParams",
+    "ReapResult",
+    "ReapedMessage",
+    "RequestCancelParams",
+    "RetryMessage",
+    "RpcError",
+    "ShutdownParams",
+    "ShutdownResult",
+    "SnapshotMessage",
+    "StartParams",
+    "StartResult",
+    "StreamMessage",
+    "StreamParams",
+    "SubscribeParams",
+    "SubscribeResult",
+    "UnsubscribeParams",
+    "UnsubscribeResult",
+    "WaitParams",
+    "WaitResult",
+    "error_for",
+    "error_reply",
+    "parse",
+    "read_params",
+    "result_reply",
+]
+
+SUBPROTOCOL = "stream-supervisor.v1"
+"""The WebSocket subprotocol both sides must name."""
+
+
+class CloseCode:
+    """The codes this server closes a connection with. 4000 to 4499: reconnect; 4500 to 4999: do not."""
+
+    GOING_AWAY = 4000
+    STALLED = 4001
+    HEARTBEAT = 4002
+    OVERLOADED = 4003
+    INTERNAL_ERROR = 4004
+    PROTOCOL_ERROR = 4500
+    UNSUPPORTED_DATA = 4501
+    INVALID_TEXT = 4502
+    MESSAGE_TOO_BIG = 4503
+    FLOODED = 4504
+
+
+CLOSE_CODES: Mapping[int, str] = {
+    CloseCode.GOING_AWAY: "the server is shutting down or restarting",
+    CloseCode.STALLED: "the client did not take what was sent to it in time; resume by cursor",
+    CloseCode.HEARTBEAT: "the client did not answer a ping in time",
+    CloseCode.OVERLOADED: "the server has no room for what this connection is sending; come back later",
+    CloseCode.INTERNAL_ERROR: "the server failed in a way it did not expect; streams are not affected",
+    CloseCode.PROTOCOL_ERROR: "a frame broke RFC 6455 (unmasked, reserved bits, bad length, bad fragmentation)",
+    CloseCode.UNSUPPORTED_DATA: "a binary message; every message is JSON in a text message",
+    CloseCode.INVALID_TEXT: "a text message that is not UTF-8",
+    CloseCode.MESSAGE_TOO_BIG: "a message above the limit in bytes or in fragments",
+    CloseCode.FLOODED: "requests sent on and on without reading the answers",
+}
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+ErrorKind = str
+"""The `kind` in an error's data; the table `ERRORS` has them all."""
+
+PARSE_ERROR = -32700
+INVALID_REQUEST = -32600
+METHOD_NOT_FOUND = -32601
+INVALID_PARAMS = -32602
+INTERNAL_ERROR = -32603
+
+
+@attrs.frozen
+class ErrorRow:
+    """One row of the error table."""
+
+    kind: ErrorKind
+    code: int
+    temporary: bool
+    meaning: str
+    raised: type[Exception] | None = None
+    fields: tuple[tuple[str, str], ...] = ()
+    """What goes into `data` beside the kind: (name on the wire, attribute of the exception)."""
+
+
+ERRORS: Sequence[ErrorRow] = (
+    ErrorRow("parse_error", PARSE_ERROR, False, "The message is not JSON, or is nested too deeply."),
+    ErrorRow("invalid_request", INVALID_REQUEST, False, "JSON, but not a JSON-RPC 2.0 request."),
+    ErrorRow("method_not_found", METHOD_NOT_FOUND, False, "There is no such method."),
+    ErrorRow(
+        "invalid_params", INVALID_PARAMS, False, "A parameter is missing, unknown or wrong; `field` names it."
+    ),
+    ErrorRow(
+        "internal", INTERNAL_ERROR, False, "The server failed in a way it did not expect; its log says more."
+    ),
+    ErrorRow(
+        "configuration",
+        INVALID_PARAMS,
+        False,
+        "A parameter is well formed but cannot be used, such as an upstream that is not configured.",
+        ConfigurationError,
+        (("field", "field"), ("expected", "expected")),
+    ),
+    ErrorRow(
+        "unknown_stream",
+        -32001,
+        False,
+        "No stream has this id or key.",
+        UnknownStreamError,
+        (("id", "stream_id"), ("key", "key")),
+    ),
+    ErrorRow(
+        "key_conflict",
+        -32002,
+        False,
+        "The key is claimed by another stream.",
+        KeyConflictError,
+        (("key", "key"), ("id", "stream_id"), ("state", "state")),
+    ),
+    ErrorRow(
+        "admission",
+        -32003,
+        True,
+        "The limit of live streams is reached; nothing was started.",
+        AdmissionError,
+        (("live", "live"), ("limit", "limit")),
+    ),
+    ErrorRow(
+        "gap",
+        -32004,
+        False,
+        "The history after the cursor is gone; take a snapshot, or subscribe from `earliest`.",
+        GapError,
+        (
+            ("id", "stream_id"),
+            ("epoch", "epoch"),
+            ("after_epoch", "after_epoch"),
+            ("after_seq", "after_seq"),
+            ("earliest", "earliest_seq"),
+            ("tail", "tail_seq"),
+        ),
+    ),
+    ErrorRow(
+        "closed",
+        -32005,
+        True,
+        "The supervisor is draining or shutting down and starts nothing.",
+        SupervisorClosedError,
+        (("state", "state"),),
+    ),
+    ErrorRow("store", -32006, True, "The store failed; the message says what was kept.", StoreError),
+    ErrorRow("sealed", -32007, False, "The stream has ended.", StreamSealedError, (("id", "stream_id"),)),
+    ErrorRow("upstream", -32008, True, "The provider, or the way to it, failed.", UpstreamError),
+    ErrorRow("too_many_requests", -32009, True, "Too many requests of this connection are unanswered."),
+    ErrorRow("too_many_subscriptions", -32010, False, "This connection has as many subscriptions as it may."),
+    ErrorRow("unknown_subscription", -32011, False, "This connection has no such subscription."),
+    ErrorRow("request_cancelled", -32012, False, "The request was withdrawn with `request.cancel`."),
+    ErrorRow(
+        "unsupported", -32013, False, "This server is embedded in a program that does not offer the method."
+    ),
+    ErrorRow(
+        "unauthenticated", -32014, False, "The token or the Origin is not accepted.", AuthenticationError
+    ),
+    ErrorRow("supervisor", -32000, False, "Any other error of the supervisor.", SupervisorError),
+)
+
+_BY_KIND = {row.kind: row for row in ERRORS}
+_BY_TYPE: Sequence[tuple[type[Exception], ErrorRow]] = tuple(
+    (row.raised, row) for row in ERRORS if row.raised is not None
+)
+
+
+class ErrorMessage(msgspec.Struct, frozen=True):
+    """The error object of a JSON-RPC reply."""
+
+    code: int
+    message: str
+    data: dict[str, Any]
+    """`kind`, `temporary`, `retry_after_s` (null if not known) and the fields of the kind."""
+
+
+class RpcError(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, kind: ErrorKind, message: str, **fields: Any) -> None:
+        super().__init__(message)
+        row = _BY_KIND[kind]
+        self.error = ErrorMessage(
+            row.code,
+            message,
+            {
+                "kind": kind,
+                "temporary": row.temporary,
+                "retry_after_s": fields.pop("retry_after_s", None),
+                **fields,
+            },
+        )
+
+
+def error_for(error: Exception) -> ErrorMessage:
+    """Return the error object for an exception: the one place where exceptions become wire errors."""
+    if isinstance(error, RpcError):
+        return error.error
+    for raised, row in _BY_TYPE:
+        if isinstance(error, raised):
+            fields = {name: getattr(error, attribute) for name, attribute in row.fields}
+            retry_after_s = getattr(error, "retry_after_s", None)
+            return RpcError(row.kind, str(error), retry_after_s=retry_after_s, **fields).error
+    return RpcError("internal", "the server failed in a way it did not expect; its log says more").error
+
+
+# --- envelopes --------------------------------------------------------------------------------------------------------
+
+_NULL = msgspec.Raw(b"null")
+_EMPTY = msgspec.Raw(b"{}")
+MAX_ID_BYTES = 256
+"""The longest request id, in bytes of JSON."""
+
+
+class _Envelope(msgspec.Struct, rename=None):
+    jsonrpc: Any = None
+    method: Any = None
+    id: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    params: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+@attrs.frozen
+class Call:
+    """One request or notification of a message, or what is wrong with it (`error`)."""
+
+    method: str
+    params: msgspec.Raw
+    id: msgspec.Raw | None
+    """The raw id to answer to; None for a notification."""
+    error: ErrorMessage | None = None
+
+
+_raw_list = msgspec.json.Decoder(list[msgspec.Raw])
+_envelope = msgspec.json.Decoder(_Envelope)
+_encode = msgspec.json.Encoder().encode
+
+
+def parse(text: str | bytes, *, max_batch: int) -> tuple[list[Call], bool]:
+    """Read one message: the calls in it, and whether it was a batch.
+
+    Raises RpcError (`parse_error`, `invalid_request`) when the message as a whole cannot be answered call by call.
+    """
+    data = text.encode() if isinstance(text, str) else text
+    try:
+        if data.lstrip(b" \t\r\n")[:1] != b"[":
+            return [_call(data)], False
+        items = _raw_list.decode(data)
+    except (msgspec.DecodeError, UnicodeError) as error:
+        raise RpcError("parse_error", f"not JSON: {error}") from None
+    except RecursionError:
+        raise RpcError("parse_error", "nested too deeply") from None
+    if not items:
+        raise RpcError("invalid_request", "an empty batch")
+    if len(items) > max_batch:
+        raise RpcError(
+            "invalid_request", f"a batch of {len(items)} calls; the limit is {max_batch}", limit=max_batch
+        )
+    return [_call(bytes(item)) for item in items], True
+
+
+def _call(data: bytes) -> Call:
+    """Read one call. Raises DecodeError when it is not JSON; what else is wrong is said in the call."""
+    try:
+        envelope = _envelope.decode(data)
+    except msgspec.ValidationError:
+        return _bad("a call is a JSON object", _NULL)
+    call_id: msgspec.Raw | None
+    if envelope.id is msgspec.UNSET:
+        call_id = None
+    else:
+        call_id = envelope.id
+        raw = bytes(call_id)
+        if raw[:1] not in b'"-0123456789n' or len(raw) > MAX_ID_BYTES:
+            return _bad(f"an id is a string, a number or null, of at most {MAX_ID_BYTES} bytes", _NULL)
+    answer_to = _NULL if call_id is None else call_id
+    if envelope.jsonrpc != "2.0":
+        return _bad('"jsonrpc" must be "2.0"', answer_to)
+    if not isinstance(envelope.method, str):
+        return _bad('"method" must be a string', answer_to)
+    params = _EMPTY if envelope.params is msgspec.UNSET else envelope.params
+    if bytes(params)[:1] not in {b"{", b"["}:
+        return _bad('"params" must be an object or an array', answer_to)
+    return Call(envelope.method, params, call_id)
+
+
+def _bad(message: str, answer_to: msgspec.Raw) -> Call:
+    return Call("", _EMPTY, answer_to, RpcError("invalid_request", message).error)
+
+
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+_UNKNOWN_FIELD = re.compile(r"unknown field `([^`]*)`")
+_MISSING_FIELD = re.compile(r"missing required field `([^`]*)`")
+_AT = re.compile(r" - at `\$\.?([^`]*)`$")
+
+
+def read_params(params: msgspec.Raw, kind: type[_T]) -> _T:
+    """Decode a call's parameters. Raises RpcError (`invalid_params`) naming the field and what is right."""
+    if bytes(params)[:1] == b"[":
+        names = ", ".join(field.encode_name for field in msgspec.structs.fields(kind))
+        raise RpcError("invalid_params", f"parameters are given by name: {names or 'none'}", field=None)
+    try:
+        decoded: _T = _decoder(kind).decode(params)
+    except msgspec.ValidationError as error:
+        raise _invalid_params(str(error), kind) from None
+    except (msgspec.DecodeError, UnicodeError) as error:
+        raise RpcError("parse_error", f"not JSON: {error}") from None
+    except RecursionError:
+        raise RpcError("invalid_params", "nested too deeply", field=None) from None
+    return decoded
+
+
+def _invalid_params(message: str, kind: type[Any]) -> RpcError:
+    at = _AT.search(message)
+    path = at.group(1) if at else ""
+    said = message[: at.start()] if at else message
+    inner = ""
+    if unknown := _UNKNOWN_FIELD.search(said):
+        inner = unknown.group(1)
+        if not path:
+            known = ", ".join(field.encode_name for field in msgspec.structs.fields(kind))
+            said = f"unknown field; known here are: {known or 'none'}"
+        else:
+            said = "unknown field"
+    elif missing := _MISSING_FIELD.search(said):
+        inner = missing.group(1)
+        said = "this field is required"
+    field = ".".join(part for part in (path, inner) if part)
+    return RpcError("invalid_params", f"{field}: {said}" if field else said, field=field or None)
+
+
+_decoders: dict[type[Any], msgspec.json.Decoder[Any]] = {}
+
+
+def _decoder(kind: type[Any]) -> msgspec.json.Decoder[Any]:
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.json.Decoder(kind)
+    return decoder
+
+
+def result_reply(call_id: msgspec.Raw, result: object) -> bytes:
+    """Encode the reply to a call that succeeded."""
+    return b'{"jsonrpc":"2.0","id":%b,"result":%b}' % (bytes(call_id), _encode(result))
+
+
+def error_reply(call_id: msgspec.Raw | None, error: ErrorMessage) -> bytes:
+    """Encode the reply to a call that failed; `call_id` None where the id could not be read."""
+    return b'{"jsonrpc":"2.0","id":%b,"error":%b}' % (
+        b"null" if call_id is None else bytes(call_id),
+        _encode(error),
+    )
+
+
+# --- the vocabulary of parameters -------------------------------------------------------------------------------------
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+Labels = Annotated[
+    dict[
+        Annotated[str, msgspec.Meta(min_length=1, max_length=64)],
+        Annotated[str, msgspec.Meta(max_length=256)],
+    ],
+    msgspec.Meta(max_length=32),
+]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=31_536_000)]
+Positive = Annotated[float, msgspec.Meta(gt=0, le=31_536_000)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
+StateName = Literal[
+    "pending", "connecting", "streaming", "stopping", "completed", "failed", "cancelled", "expired"
+]
+
+
+class _Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """The base of everything a client sends."""
+
+
+class _Result(msgspec.Struct, frozen=True, kw_only=True):
+    """The base of everything a server answers; a reader ignores fields it does not know."""
+
+
+class NoParams(_Params, frozen=True, kw_only=True):
+    """No parameters."""
+
+
+class CursorMessage(_Params, frozen=True, kw_only=True):
+    """A position in a journal: the events after it are the ones that follow."""
+
+    epoch: Annotated[int, msgspec.Meta(ge=1)]
+    seq: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class OnDetachMessage(_Params, frozen=True, kw_only=True):
+    """What happens when the last reader leaves."""
+
+    mode: Literal["keep", "cancel"] = "keep"
+    grace_s: Seconds = 30.0
+
+
+class DeadlinesMessage(_Params, frozen=True, kw_only=True):
+    """The four clocks, in seconds. Null: none. Left out: the upstream's or the server's default."""
+
+    connect_s: Positive | msgspec.UnsetType | None = msgspec.UNSET
+    first_event_s: Positive | msgspec.UnsetType | None = msgspec.UNSET
+    idle_s: Positive | msgspec.UnsetType | None = msgspec.UNSET
+    total_s: Positive | msgspec.UnsetType | None = msgspec.UNSET
+
+    def given(self) -> dict[str, float | None]:
+        """Return the clocks that were stated."""
+        fields = ("connect_s", "first_event_s", "idle_s", "total_s")
+        return {name: value for name in fields if (value := getattr(self, name)) is not msgspec.UNSET}
+
+
+class RetryMessage(_Params, frozen=True, kw_only=True):
+    """How often, and how patiently, an attempt that failed before its first event is repeated."""
+
+    attempts: Annotated[int, msgspec.Meta(ge=1, le=100)] | msgspec.UnsetType = msgspec.UNSET
+    wait_initial_s: Seconds | msgspec.UnsetType = msgspec.UNSET
+    wait_max_s: Seconds | msgspec.UnsetType = msgspec.UNSET
+
+    def given(self) -> dict[str, float]:
+        """Return the settings that were stated."""
+        fields = ("attempts", "wait_initial_s", "wait_max_s")
+        return {name: value for name in fields if (value := getattr(self, name)) is not msgspec.UNSET}
+
+
+def _one_of(**given: object) -> None:
+    if sum(value is not None and value is not False for value in given.values()) != 1:
+        raise ValueError(f"give exactly one of: {', '.join(given)}")
+
+
+class StreamParams(_Params, frozen=True, kw_only=True):
+    """Which stream: exactly one of `id` and `key`."""
+
+    id: Name | None = None
+    key: Name | None = None
+
+    def __post_init__(self) -> None:
+        _one_of(id=self.id, key=self.key)
+
+
+class HelloParams(_Params, frozen=True, kw_only=True):
+    """Who is calling, for the server's log and the `actor` of cancels."""
+
+    client: Annotated[str, msgspec.Meta(max_length=64)] = ""
+
+
+class HelloResult(_Result, frozen=True, kw_only=True):
+    """Who is answering, and the limits of this connection."""
+
+    protocol: str
+    server: str
+    version: str
+    instance: str
+    """Random for each run of the server: another value means that it was restarted."""
+    methods: tuple[str, ...]
+    limits: dict[str, float]
+
+
+class StartParams(_Params, frozen=True, kw_only=True):
+    """A stream to start. `request` is the body for the provider, in the upstream's own dialect."""
+
+    upstream: Name
+    request: dict[str, Any]
+    key: Name | None = None
+    on_conflict: Literal["attach", "reject", "replace"] = "attach"
+    on_detach: OnDetachMessage = OnDetachMessage()
+    deadlines: DeadlinesMessage = DeadlinesMessage()
+    retry: RetryMessage = RetryMessage()
+    labels: Labels = {}
+    delivery: Literal["immediate", "durable"] = "immediate"
+
+
+class StartResult(_Result, frozen=True, kw_only=True):
+    """The stream, recorded in the store. `created` is false when an existing stream with the key was joined."""
+
+    id: str
+    key: str | None
+    epoch: int
+    created: bool
+    state: str
+
+
+class ListParams(_Params, frozen=True, kw_only=True):
+    """Which streams, newest first. `before` continues after the last id of the page before."""
+
+    states: Annotated[tuple[StateName, ...], msgspec.Meta(max_length=8)] | None = None
+    labels: Labels | None = None
+    key: Name | None = None
+    upstream: Name | None = None
+    live: bool | None = None
+    before: Name | None = None
+    limit: Annotated[int, msgspec.Meta(ge=1, le=500)] = 100
+
+
+class CancelParams(_Params, frozen=True, kw_only=True):
+    """What to cancel: exactly one of `id`, `key`, `labels` (every stream that has them all) and `all`."""
+
+    id: Name | None = None
+    key: Name | None = None
+    labels: Labels | None = None
+    all: bool = False
+    reason: Annotated[str, msgspec.Meta(max_length=1024)] = ""
+    """Free text for the outcome's message."""
+    actor: Annotated[str, msgspec.Meta(max_length=128)] | None = None
+    mode: Literal["abort", "drain"] = "abort"
+    drain_s: Seconds = 10.0
+    wait_s: Seconds = 5.0
+
+    def __post_init__(self) -> None:
+        _one_of(id=self.id, key=self.key, labels=self.labels, all=self.all)
+        if self.labels is not None and not self.labels:
+            raise ValueError('labels must name at least one label; to cancel every stream give "all": true')
+
+
+class CancelResultMessage(_Result, frozen=True, kw_only=True):
+    """How a cancel ended for one stream; asking again gives the settled state again.
+
+    `won`: this cancel decided how the stream ended. `already_terminal`: it had ended otherwise. `requested`: it has not
+    settled within `wait_s`. `tombstoned`: no stream has the key yet; one started with it soon will be cancelled.
+    """
+
+    outcome: Literal["won", "already_terminal", "requested", "tombstoned"]
+    id: str | None = None
+    key: str | None = None
+    state: str | None = None
+    reason: str | None = None
+
+
+class CancelManyResult(_Result, frozen=True, kw_only=True):
+    """How a cancel by `labels` or `all` ended, stream by stream."""
+
+    results: tuple[CancelResultMessage, ...]
+
+
+class SubscribeParams(StreamParams, frozen=True, kw_only=True):
+    """What to watch. `credit` is how many journal events the client accepts before it grants more."""
+
+    after: CursorMessage | Literal["start", "tail", "snapshot"] = "start"
+    view: Literal["events", "text"] = "events"
+    credit: Count = 256
+
+
+class CreditParams(_Params, frozen=True, kw_only=True):
+    """`credit` more journal events are accepted."""
+
+    sub: Name
+    credit: Count
+
+
+class CreditResult(_Result, frozen=True, kw_only=True):
+    """How many events are accepted now; the server stops counting at 1,000,000."""
+
+    credit: int
+
+
+class UnsubscribeParams(_Params, frozen=True, kw_only=True):
+    """The subscription to end. The stream goes on."""
+
+    sub: Name
+
+
+class UnsubscribeResult(_Result, frozen=True, kw_only=True):
+    """The position after the last event that was sent."""
+
+    epoch: int
+    seq: int
+
+
+class WaitParams(StreamParams, frozen=True, kw_only=True):
+    """Which outcome to wait for, and how long (null: as long as it takes)."""
+
+    timeout_s: Seconds | None = None
+
+
+class WaitResult(_Result, frozen=True, kw_only=True):
+    """The settled outcome; null with the present state if `timeout_s` ran out first."""
+
+    id: str
+    state: str
+    outcome: dict[str, Any] | None
+
+
+class ReapParams(_Params, frozen=True, kw_only=True):
+    """`dry_run`: say what would be reaped and why, and reap nothing."""
+
+    dry_run: bool = False
+
+
+class ReapedMessage(_Result, frozen=True, kw_only=True):
+    """One stream reaped."""
+
+    id: str
+    key: str | None
+    reason: str
+    message: str
+    age_s: float
+    idle_s: float
+    bytes_held: int
+
+
+class ReapResult(_Result, frozen=True, kw_only=True):
+    """What the memory manager did, or would do."""
+
+    dry_run: bool
+    live: int
+    """Live streams before the sweep."""
+    reaped: tuple[ReapedMessage, ...]
+
+
+class DrainParams(_Params, frozen=True, kw_only=True):
+    """Start nothing more and wait for what is live, at most `timeout_s` (null: as long as it takes)."""
+
+    timeout_s: Seconds | None = None
+
+
+class DrainResult(_Result, frozen=True, kw_only=True):
+    """How many streams are still live."""
+
+    live: int
+
+
+class ShutdownParams(_Params, frozen=True, kw_only=True):
+    """How long live streams may go on before they are cancelled with reason `shutdown`. Null: the server's own default."""
+
+    grace_s: Seconds | None = None
+
+
+class ShutdownResult(_Result, frozen=True, kw_only=True):
+    """The shutdown has begun; the connection will be closed with 4000."""
+
+    accepted: bool
+
+
+class RequestCancelParams(_Params, frozen=True, kw_only=True):
+    """The id of the request that need not be answered any more."""
+
+    id: str | int | float | None
+
+
+class StreamMessage(_Result, frozen=True, kw_only=True):
+    """What is known of one stream."""
+
+    id: str
+    key: str | None = None
+    state: str
+    reason: str | None = None
+    upstream: str | None = None
+    dialect: str | None = None
+    labels: dict[str, str] = {}
+    meta: dict[str, Any] = {}
+    delivery: str = "immediate"
+    created_at: float
+    ended_at: float | None = None
+    age_s: float
+    idle_s: float | None = None
+    attempts: int
+    events: int
+    skipped: int = 0
+    readers: int
+    bytes_held: int
+    epoch: int
+    tail_seq: int
+    durable_seq: int
+    outcome: dict[str, Any] | None = None
+    """The outcome; null until it is durable."""
+
+
+class ListResult(_Result, frozen=True, kw_only=True):
+    """A page of streams; `next` is the `before` of the next page, null on the last."""
+
+    streams: tuple[StreamMessage, ...]
+    next: str | None
+
+
+class ToolCallMessage(_Result, frozen=True, kw_only=True):
+    """One tool call, its arguments joined."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class ChoiceMessage(_Result, frozen=True, kw_only=True):
+    """One of several answers."""
+
+    index: int
+    text: str
+    reasoning: str
+    refusal: str
+    tool_calls: tuple[ToolCallMessage, ...]
+    finish_reason: str | None
+
+
+class SnapshotMessage(_Result, frozen=True, kw_only=True):
+    """The fold of a stream's journal up to `(epoch, seq)`: the answer so far, or the whole of it."""
+
+    id: str
+    state: str
+    epoch: int
+    seq: int
+    text: str
+    reasoning: str
+    refusal: str
+    tool_calls: tuple[ToolCallMessage, ...]
+    finish_reason: str | None
+    choices: tuple[ChoiceMessage, ...]
+    usage: dict[str, Any] | None
+    model: str | None
+    response_id: str | None
+
+
+class SubscribeResult(_Result, frozen=True, kw_only=True):
+    """The subscription: events after `from` will follow, up to the outcome; `tail` is the last there is now."""
+
+    sub: str
+    id: str
+    epoch: int
+    from_: int = msgspec.field(name="from")
+    tail: int
+    state: str
+    credit: int
+    snapshot: SnapshotMessage | None = None
+    """The fold up to `from`, for `after: "snapshot"`."""
+
+
+# --- notifications ----------------------------------------------------------------------------------------------------
+
+
+class EventMessage(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One event of a journal.
+
+    `data` events carry the upstream's payload exactly as received, as a JSON string in `data`, or in `data_b64` when it
+    is not UTF-8. In the view `text`, `data` events are replaced by `text` events that join the text of the events `first`
+    to `last`. `attempt`, `skipped` and `note` carry `details`. `outcome` is always the last and carries the outcome.
+    """
+
+    kind: str
+    at: float
+    """When it was recorded; of a `text` event: when its last part was."""
+    seq: int = 0
+    """Its position; of a `text` event: that of its last part."""
+    first: int = 0
+    """Only in `text` events: the first position it covers."""
+    last: int = 0
+    """Only in `text` events: the last position it covers."""
+    name: str = ""
+    """The wire's event name where it is not the default."""
+    data: str | None = None
+    data_b64: str | None = None
+    text: str = ""
+    """The text the event adds to the answer (choice 0)."""
+    details: dict[str, Any] | None = None
+    outcome: dict[str, Any] | None = None
+
+
+class EventsNotification(_Result, frozen=True, kw_only=True):
+    """The events `first` to `last` of a subscription, with no gap since the one before; costs `last - first + 1` credit."""
+
+    sub: str
+    epoch: int
+    first: int
+    last: int
+    events: tuple[EventMessage, ...]
+
+
+class GapNotification(_Result, frozen=True, kw_only=True):
+    """The subscription has ended: retention has removed the history it was about to read."""
+
+    sub: str
+    error: ErrorMessage
+
+
+class FailedNotification(_Result, frozen=True, kw_only=True):
+    """The subscription has ended for another reason than its stream's outcome. Resume by cursor if it is temporary."""
+
+    sub: str
+    error: ErrorMessage
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Method:
+    """One method: its types and what it is for."""
+
+    name: str
+    params: type[msgspec.Struct]
+    result: type[Any] | None
+    """The type of the result; None for what is only sent as a notification."""
+    summary: str
+
+
+METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            "hello",
+            HelloParams,
+            HelloResult,
+            "Name the client; learn the server's version, methods and limits.",
+        ),
+        Method("stream.start", StartParams, StartResult, "Start a stream, or join the one that has the key."),
+        Method("stream.get", StreamParams, StreamMessage, "What is known of a stream, live or stored."),
+        Method("stream.list", ListParams, ListResult, "Streams by filter, newest first, page by page."),
+        Method(
+            "stream.cancel",
+            CancelParams,
+            CancelResultMessage,
+            "Cancel by id, key, labels or all. Idempotent.",
+        ),
+        Method("stream.subscribe", SubscribeParams, SubscribeResult, "Watch a stream from a position on."),
+        Method("stream.credit", CreditParams, CreditResult, "Accept more events of a subscription."),
+        Method(
+            "stream.unsubscribe", UnsubscribeParams, UnsubscribeResult, "Stop watching. The stream goes on."
+        ),
+        Method("stream.wait", WaitParams, WaitResult, "Wait for a stream's durable outcome."),
+        Method(
+            "stream.snapshot",
+            StreamParams,
+            SnapshotMessage,
+            "The answer so far of any stream, live or stored.",
+        ),
+        Method("supervisor.stats", NoParams, dict, "Figures of the supervisor and of this channel."),
+        Method("supervisor.health", NoParams, dict, "Whether the supervisor is well, and why not."),
+        Method(
+            "supervisor.reap", ReapParams, ReapResult, "Run the memory manager now, or ask what it would do."
+        ),
+        Method("supervisor.drain", DrainParams, DrainResult, "Start nothing more; wait for what is live."),
+        Method("supervisor.shutdown", ShutdownParams, ShutdownResult, "Shut the server down."),
+        Method(
+            "request.cancel",
+            RequestCancelParams,
+            None,
+            "A notification: withdraw a request of this connection. What it has begun is not undone.",
+        ),
+    )
+}
+
+NOTIFICATIONS: Mapping[str, tuple[type[msgspec.Struct], str]] = {
+    "stream.events": (EventsNotification, "Events of a subscription."),
+    "stream.gap": (GapNotification, "A subscription has lost its place."),
+    "stream.failed": (FailedNotification, "A subscription has failed."),
+}

@@ -1,0 +1,721 @@
+"""One client's session: its requests, its subscriptions, and the one task that pumps events into its connection.
+
+How events flow, and why nothing grows when a client is slow:
+
+    journal ──wake──▶ dirty set ──pump──▶ outbox (bounded) ──writer──▶ socket
+
+A subscription holds a cursor and a credit, no events. The journal wakes it, which only marks it dirty; the pump, one task
+for all subscriptions of the connection, goes round the dirty ones, takes a bounded batch from each within its credit, and
+queues it as one `stream.events` notification for as long as the outbox has room. A stalled socket therefore stops the pump,
+and costs a cursor per subscription. The writer sends everything that was queued in a turn at once, so batches grow with
+load and wait for nothing at rest. History that is no longer in memory is fetched from the store in a task per subscription,
+few at a time, each holding one batch.
+
+Requests: a handler that need not wait is answered on the spot, in order; one that must wait gets a task, so that a
+`stream.wait` delays nobody. Both are bounded (`max_requests`), and reading from the socket never waits for either: a Ping
+and a Close are always seen. A client that goes on asking without reading the answers is dropped.
+
+Leaving detaches: the subscriptions are closed, the streams go on.
+"""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
+
+import attrs
+import msgspec
+import trio
+
+from supervisor.control.link import Link
+from supervisor.control.messages import (
+    METHODS,
+    SUBPROTOCOL,
+    Call,
+    CancelManyResult,
+    CancelParams,
+    CancelResultMessage,
+    CloseCode,
+    CreditParams,
+    CreditResult,
+    CursorMessage,
+    DrainParams,
+    DrainResult,
+    EventMessage,
+    HelloParams,
+    HelloResult,
+    ListParams,
+    ListResult,
+    NoParams,
+    ReapParams,
+    ReapResult,
+    RequestCancelParams,
+    RpcError,
+    ShutdownParams,
+    ShutdownResult,
+    SnapshotMessage,
+    StartParams,
+    StartResult,
+    StreamMessage,
+    StreamParams,
+    SubscribeParams,
+    SubscribeResult,
+    UnsubscribeParams,
+    UnsubscribeResult,
+    WaitParams,
+    WaitResult,
+    error_for,
+    error_reply,
+    parse,
+    read_params,
+    result_reply,
+)
+from supervisor.dialects import Snapshot
+from supervisor.errors import ControlClosedError, GapError, SupervisorError
+from supervisor.stores import Event
+from supervisor.streams import (
+    CancelResult,
+    Cursor,
+    OnDetach,
+    Outcome,
+    Stream,
+    StreamInfo,
+    Subscription,
+    Supervisor,
+)
+
+if TYPE_CHECKING:
+    from supervisor.control.server import Host
+
+__all__ = ["Session", "SessionLimits", "encode_events", "encode_text"]
+
+_log = logging.getLogger("supervisor.control")
+
+
+@attrs.frozen(kw_only=True)
+class SessionLimits:
+    """What bounds one client, beside its connection's own limits."""
+
+    max_requests: int = 64
+    """Requests of one connection that are not answered yet."""
+    max_batch: int = 32
+    """Calls in one batch."""
+    max_subscriptions: int = 1024
+    """Subscriptions of one connection."""
+    max_credit: int = 1_000_000
+    """Events one subscription may be sent before it grants more."""
+    notification_events: int = 256
+    """Events in one `stream.events`."""
+    notification_bytes: int = 64 << 10
+    """Payload in one `stream.events`; a single larger event goes alone."""
+    max_fetches: int = 4
+    """Batches of one connection read from the store at the same time."""
+
+
+# --- events on the wire -----------------------------------------------------------------------------------------------
+
+_encode = msgspec.json.Encoder().encode
+_AfterReply = Callable[[], None]
+
+
+def encode_events(events: Sequence[Event]) -> bytes:
+    """Encode events as the JSON array of the view `events`. The same bytes serve every subscriber of the stream."""
+    return _encoded([_event_message(event) for event in events])
+
+
+def encode_text(events: Sequence[Event]) -> bytes:
+    """Encode events as the JSON array of the view `text`: runs of text joined, everything but `data` as it is."""
+    messages: list[EventMessage] = []
+    run: list[Event] = []
+    for event in events:
+        if event.kind == "data":
+            if event.text:
+                run.append(event)
+            continue
+        messages.extend(_text_message(run))
+        run = []
+        messages.append(_event_message(event))
+    messages.extend(_text_message(run))
+    return _encoded(messages)
+
+
+def _text_message(run: Sequence[Event]) -> Iterator[EventMessage]:
+    if run:
+        end = run[-1]
+        text = "".join([event.text for event in run])
+        yield EventMessage(kind="text", at=end.at, seq=end.seq, first=run[0].seq, last=end.seq, text=text)
+
+
+def _event_message(event: Event) -> EventMessage:
+    if event.kind != "data":
+        # Our own JSON, embedded as it is stored; the declared type says what a reader will find.
+        stored = cast("dict[str, Any]", msgspec.Raw(event.payload))
+        if event.kind == "outcome":
+            return EventMessage(kind="outcome", at=event.at, seq=event.seq, outcome=stored)
+        return EventMessage(kind=event.kind, at=event.at, seq=event.seq, name=event.name, details=stored)
+    data: str | None
+    try:
+        data, data_b64 = event.payload.decode(), None
+    except UnicodeDecodeError:
+        data, data_b64 = None, base64.b64encode(event.payload).decode()
+    return EventMessage(
+        kind="data",
+        at=event.at,
+        seq=event.seq,
+        name=event.name,
+        data=data,
+        data_b64=data_b64,
+        text=event.text,
+    )
+
+
+def _encoded(messages: list[EventMessage]) -> bytes:
+    try:
+        return _encode(messages)
+    except UnicodeEncodeError:  # half a surrogate pair in a text, which JSON of ours must not hand on
+        return _encode(
+            [msgspec.structs.replace(m, text=_sound(m.text), name=_sound(m.name)) for m in messages]
+        )
+
+
+def _sound(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _slices(events: Sequence[Event], max_events: int, max_bytes: int) -> Iterator[Sequence[Event]]:
+    """Cut a batch where an epoch ends, and before a notification would get too large."""
+    start = size = 0
+    for index, event in enumerate(events):
+        size += len(event.payload)
+        full = index - start >= max_events or size > max_bytes
+        if index > start and (full or event.epoch != events[start].epoch):
+            yield events[start:index]
+            start, size = index, len(event.payload)
+    if start < len(events):
+        yield events[start:]
+
+
+# --- a session --------------------------------------------------------------------------------------------------------
+
+
+@attrs.define(eq=False)
+class _Watch:
+    """One subscription of the connection."""
+
+    sub: str
+    stream: Stream
+    events: Subscription
+    encode: Callable[[Sequence[Event]], bytes]
+    credit: int
+    active: bool = False
+    """Whether the reply to `stream.subscribe` has been queued: nothing may be sent before it."""
+    dirty: bool = False
+    fetching: trio.CancelScope | None = None
+    closed: bool = False
+
+
+class Session:
+    """Serves one client until it leaves. Everything it holds ends with `run`."""
+
+    def __init__(self, link: Link, host: Host) -> None:
+        self._link = link
+        self._host = host
+        self._supervisor: Supervisor = host.supervisor
+        self._limits: SessionLimits = host.limits.session
+        self._client = ""
+        self._watches: dict[str, _Watch] = {}
+        self._next_sub = 0
+        self._dirty: deque[_Watch] = deque()
+        self._something_dirty = trio.Event()
+        self._fetches = trio.Semaphore(self._limits.max_fetches)
+        self._pending = 0
+        self._cancellable: dict[bytes, trio.CancelScope] = {}
+        self._nursery: trio.Nursery
+
+    def __repr__(self) -> str:
+        return f"<Session {self._client!r} {self._pending} requests, {len(self._watches)} subscriptions>"
+
+    @property
+    def subscriptions(self) -> int:
+        """How many subscriptions it has."""
+        return len(self._watches)
+
+    @property
+    def pending(self) -> int:
+        """How many requests it has not answered yet."""
+        return self._pending
+
+    async def run(self) -> NoReturn:
+        """Serve until the connection is over. Raises ControlClosedError (in a group); a cancel passes through."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._link.run)
+                nursery.start_soon(self._pump)
+                while True:
+                    self._message(await self._link.receive())
+        finally:
+            for watch in list(self._watches.values()):
+                self._drop(watch)
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def _message(self, text: str | bytes) -> None:
+        """Take one message. Does not wait for anything."""
+        try:
+            calls, batch = parse(text, max_batch=self._limits.max_batch)
+        except RpcError as error:
+            self._reply_now(error_reply(None, error.error))
+            return
+        slots = sum(call.method in _WAITING for call in calls)
+        if self._pending + slots > self._limits.max_requests:
+            refusal = RpcError(
+                "too_many_requests",
+                f"{self._pending} requests are unanswered",
+                limit=self._limits.max_requests,
+            )
+            replies = [error_reply(call.id, refusal.error) for call in calls if call.id is not None]
+            if replies:
+                self._reply_now(b"[%b]" % b",".join(replies) if batch else replies[0])
+            return
+        if batch:
+            self._pending += slots
+            self._nursery.start_soon(self._answer_batch, calls)
+            return
+        call = calls[0]
+        try:
+            outcome = self._begin(call)
+        except Exception as error:  # noqa: BLE001  # becomes the error of this request; see error_for
+            if call.id is not None:
+                self._reply_now(error_reply(call.id, self._error(call, error)))
+            return
+        if isinstance(outcome, Awaitable):
+            self._pending += 1
+            self._nursery.start_soon(self._answer, call, outcome)
+        elif call.id is not None:
+            result, after = outcome
+            self._reply_now(result_reply(call.id, result))
+            if after is not None:
+                after()
+
+    def _reply_now(self, reply: bytes) -> None:
+        try:
+            self._link.send_nowait(reply)
+        except trio.WouldBlock:
+            raise ControlClosedError(
+                CloseCode.FLOODED, "requests without end, and no answer is read"
+            ) from None
+
+    def _begin(
+        self, call: Call
+    ) -> tuple[object, _AfterReply | None] | Awaitable[tuple[object, _AfterReply | None]]:
+        """Start on a call: its result, or what to wait for. Raises what the call is to be refused with."""
+        if call.error is not None:
+            raise RpcError(call.error.data["kind"], call.error.message)
+        method = METHODS.get(call.method)
+        if method is None or (method.result is None and call.id is not None):
+            known = ", ".join(METHODS)
+            raise RpcError("method_not_found", f"there is no method {call.method[:64]!r}; known are: {known}")
+        params = read_params(call.params, method.params)
+        handler = self.HANDLERS[call.method]
+        answer = handler(self, params)
+        if isinstance(answer, Awaitable):
+            return self._cancellably(call, answer)
+        return answer if isinstance(answer, tuple) else (answer, None)
+
+    async def _cancellably(self, call: Call, answer: Awaitable[Any]) -> tuple[object, _AfterReply | None]:
+        key = b"" if call.id is None else bytes(call.id)
+        with trio.CancelScope() as scope:
+            if key:
+                self._cancellable[key] = scope
+            try:
+                result = await answer
+            finally:
+                if self._cancellable.get(key) is scope:
+                    del self._cancellable[key]
+            return result if isinstance(result, tuple) else (result, None)
+        raise RpcError("request_cancelled", "withdrawn; what it had begun is not undone")
+
+    async def _answer(self, call: Call, outcome: Awaitable[tuple[object, _AfterReply | None]]) -> None:
+        """Wait for one call's result and reply."""
+        after: _AfterReply | None = None
+        try:
+            try:
+                result, after = await outcome
+                reply = b"" if call.id is None else result_reply(call.id, result)
+            except Exception as error:  # noqa: BLE001  # becomes the error of this request; see error_for
+                reply = b"" if call.id is None else error_reply(call.id, self._error(call, error))
+            if reply:
+                await self._link.send(reply)
+        finally:
+            self._pending -= 1
+        if after is not None:
+            after()
+
+    async def _answer_batch(self, calls: Sequence[Call]) -> None:
+        """Answer the calls of a batch side by side, with one array once all are answered."""
+        replies: list[bytes] = []
+        afters: list[_AfterReply] = []
+        slots = sum(call.method in _WAITING for call in calls)
+
+        async def one(call: Call) -> None:
+            try:
+                outcome = self._begin(call)
+                result, after = await outcome if isinstance(outcome, Awaitable) else outcome
+                if call.id is not None:
+                    replies.append(result_reply(call.id, result))
+                if after is not None:
+                    afters.append(after)
+            except Exception as error:  # noqa: BLE001  # becomes the error of this call; see error_for
+                if call.id is not None:
+                    replies.append(error_reply(call.id, self._error(call, error)))
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for call in calls:
+                    nursery.start_soon(one, call)
+            if replies:
+                await self._link.send(b"[%b]" % b",".join(replies))
+        finally:
+            self._pending -= slots
+        for after in afters:
+            after()
+
+    def _error(self, call: Call, error: Exception) -> Any:
+        if not isinstance(error, RpcError | SupervisorError):
+            _log.error("%s failed", call.method, exc_info=error)
+            self._host.counts.handler_errors += 1
+        return error_for(error)
+
+    # --- handlers: those that wait are coroutines ---------------------------------------------------------------------
+
+    def _hello(self, params: HelloParams) -> HelloResult:
+        self._client = params.client
+        return HelloResult(
+            protocol=SUBPROTOCOL,
+            server="stream-supervisor",
+            version=self._host.version,
+            instance=self._host.instance,
+            methods=tuple(METHODS),
+            limits=self._host.limits.told(),
+        )
+
+    async def _start(self, params: StartParams) -> StartResult:
+        resolved = self._host.resolve(params)
+        started = self._supervisor.start_nowait(
+            resolved.source,
+            key=params.key,
+            on_conflict=params.on_conflict,
+            on_detach=OnDetach(mode=params.on_detach.mode, grace_s=params.on_detach.grace_s),
+            deadlines=attrs.evolve(
+                resolved.deadlines or self._supervisor.deadlines, **params.deadlines.given()
+            ),
+            labels=params.labels,
+            upstream=params.upstream,
+            delivery=params.delivery,
+            meta=resolved.meta,
+        )
+        stream = started.stream
+        await stream.recorded()
+        return StartResult(
+            id=stream.id, key=stream.key, epoch=stream.epoch, created=started.created, state=str(stream.state)
+        )
+
+    async def _get(self, params: StreamParams) -> StreamMessage:
+        stream = await self._supervisor.find(params.id, key=params.key)
+        return _stream_message(stream.info())
+
+    async def _list(self, params: ListParams) -> ListResult:
+        wanted = params.limit + 1
+        if params.live is None:
+            found = await self._supervisor.history(
+                states=params.states,
+                labels=params.labels,
+                key=params.key,
+                upstream=params.upstream,
+                before_id=params.before,
+                limit=wanted,
+            )
+        else:
+            found = self._supervisor.list(
+                states=params.states,
+                labels=params.labels,
+                key=params.key,
+                upstream=params.upstream,
+                live=params.live,
+            )
+            if params.before is not None:
+                found = [info for info in found if info.id < params.before]
+        page = found[: params.limit]
+        more = len(found) > params.limit
+        return ListResult(
+            streams=tuple(map(_stream_message, page)), next=page[-1].id if more and page else None
+        )
+
+    async def _cancel(self, params: CancelParams) -> CancelResultMessage | CancelManyResult:
+        results = await self._supervisor.cancel(
+            params.id,
+            key=params.key,
+            labels=params.labels,
+            all_streams=params.all,
+            reason=params.reason,
+            actor=params.actor or self._client or "control",
+            mode=params.mode,
+            drain_s=params.drain_s,
+            wait_s=params.wait_s,
+        )
+        if params.id is not None or params.key is not None:
+            return _cancel_message(results[0])
+        return CancelManyResult(results=tuple(map(_cancel_message, results)))
+
+    async def _subscribe(self, params: SubscribeParams) -> tuple[SubscribeResult, _AfterReply]:
+        self._check_subscriptions()
+        stream = await self._supervisor.find(params.id, key=params.key)
+        self._check_subscriptions()  # again: others were answered meanwhile
+        after = params.after
+        place = Cursor(after.epoch, after.seq) if isinstance(after, CursorMessage) else after
+        snapshot: SnapshotMessage | None = None
+        if place == "snapshot" and stream.outcome is not None:  # it may no longer be in memory
+            folded = await stream.read_snapshot()
+            self._check_subscriptions()
+            snapshot = _snapshot_message(stream, folded)
+            place = Cursor(folded.epoch, folded.seq)
+        events = stream.subscribe(place)
+        if events.first_snapshot is not None:
+            snapshot = _snapshot_message(stream, events.first_snapshot)
+        events.__enter__()  # left in `_drop`, which `run` guarantees
+        self._next_sub += 1
+        watch = _Watch(
+            sub=f"s{self._next_sub}",
+            stream=stream,
+            events=events,
+            encode=encode_text if params.view == "text" else encode_events,
+            credit=min(params.credit, self._limits.max_credit),
+        )
+        self._watches[watch.sub] = watch
+        events.wake = partial(self._mark, watch)
+        result = SubscribeResult(
+            sub=watch.sub,
+            id=stream.id,
+            epoch=events.cursor.epoch,
+            from_=events.cursor.seq,
+            tail=stream.tail_seq,
+            state=str(stream.state),
+            credit=watch.credit,
+            snapshot=snapshot,
+        )
+        return result, partial(self._activate, watch)
+
+    def _check_subscriptions(self) -> None:
+        limit = self._limits.max_subscriptions
+        if len(self._watches) >= limit:
+            raise RpcError(
+                "too_many_subscriptions", f"this connection has {limit} subscriptions", limit=limit
+            )
+
+    def _credit(self, params: CreditParams) -> CreditResult:
+        watch = self._watch(params.sub)
+        watch.credit = min(watch.credit + params.credit, self._limits.max_credit)
+        self._mark(watch)
+        return CreditResult(credit=watch.credit)
+
+    def _unsubscribe(self, params: UnsubscribeParams) -> UnsubscribeResult:
+        watch = self._watch(params.sub)
+        cursor = watch.events.cursor
+        self._drop(watch)
+        return UnsubscribeResult(epoch=cursor.epoch, seq=cursor.seq)
+
+    def _watch(self, sub: str) -> _Watch:
+        watch = self._watches.get(sub)
+        if watch is None:
+            raise RpcError(
+                "unknown_subscription", f"there is no subscription {sub!r}; it may have ended", sub=sub
+            )
+        return watch
+
+    async def _wait(self, params: WaitParams) -> WaitResult:
+        stream = await self._supervisor.find(params.id, key=params.key)
+        outcome: Outcome | None = None
+        with trio.move_on_after(float("inf") if params.timeout_s is None else params.timeout_s):
+            outcome = await stream.wait()
+        return WaitResult(id=stream.id, state=str(stream.state), outcome=_outcome_json(outcome))
+
+    async def _snapshot(self, params: StreamParams) -> SnapshotMessage:
+        stream = await self._supervisor.find(params.id, key=params.key)
+        return _snapshot_message(stream, await stream.read_snapshot())
+
+    def _stats(self, params: NoParams) -> dict[str, Any]:
+        del params
+        return {"supervisor": self._supervisor.statistics(), "control": self._host.statistics()}
+
+    def _health(self, params: NoParams) -> Any:
+        del params
+        return self._supervisor.health()
+
+    async def _reap(self, params: ReapParams) -> ReapResult:
+        report = await self._supervisor.reap(dry_run=params.dry_run)
+        return msgspec.convert(msgspec.to_builtins(report), ReapResult)
+
+    async def _drain(self, params: DrainParams) -> DrainResult:
+        return DrainResult(live=await self._supervisor.drain(timeout_s=params.timeout_s))
+
+    def _shutdown(self, params: ShutdownParams) -> tuple[ShutdownResult, _AfterReply]:
+        begin = self._host.on_shutdown
+        if begin is None:
+            raise RpcError("unsupported", "the program that embeds this server does not offer a shutdown")
+        return ShutdownResult(accepted=True), partial(begin, params)
+
+    def _withdraw(self, params: RequestCancelParams) -> None:
+        scope = self._cancellable.get(_encode(params.id))
+        if scope is not None:
+            scope.cancel()
+
+    # --- the pump ----------------------------------------------------------------------------------------------------
+
+    def _activate(self, watch: _Watch) -> None:
+        watch.active = True
+        self._mark(watch)
+
+    def _mark(self, watch: _Watch) -> None:
+        """Something may be there for a subscription. Called by the journal: cheap, and any number of times."""
+        if watch.dirty or not watch.active or watch.closed or watch.fetching is not None or not watch.credit:
+            return
+        watch.dirty = True
+        self._dirty.append(watch)
+        self._something_dirty.set()
+
+    async def _pump(self) -> None:
+        outbox = self._link.outbox
+        while True:
+            while self._dirty:
+                if not outbox.has_room:
+                    await outbox.wait_room()
+                    continue
+                watch = self._dirty.popleft()
+                watch.dirty = False
+                if not watch.closed:
+                    self._take(watch)
+            self._something_dirty = trio.Event()
+            await self._something_dirty.wait()
+
+    def _take(self, watch: _Watch) -> None:
+        """Queue one batch of a subscription."""
+        try:
+            batch = watch.events.take_nowait(min(watch.credit, self._limits.notification_events))
+        except SupervisorError as error:
+            self._fail(watch, error)
+            return
+        if batch is None:
+            watch.fetching = trio.CancelScope()
+            self._nursery.start_soon(self._fetch, watch, watch.fetching)
+            return
+        for part in _slices(batch, self._limits.notification_events, self._limits.notification_bytes):
+            self._link.outbox.append(self._notification(watch, part))
+        self._taken(watch, batch)
+
+    async def _fetch(self, watch: _Watch, scope: trio.CancelScope) -> None:
+        """Read one batch of a subscription from the store and queue it."""
+        with scope:
+            async with self._fetches:
+                limit = min(watch.credit, self._limits.notification_events)
+                try:
+                    batch = await watch.events.next_batch(limit)
+                except SupervisorError as error:
+                    self._fail(watch, error)
+                    return
+                for part in _slices(batch, self._limits.notification_events, self._limits.notification_bytes):
+                    await self._link.outbox.put(self._notification(watch, part))
+                watch.fetching = None
+                self._taken(watch, batch)
+
+    def _taken(self, watch: _Watch, batch: Sequence[Event]) -> None:
+        if batch:
+            watch.credit -= len(batch)
+        if watch.events.at_end:
+            self._drop(watch)
+        elif batch:
+            self._mark(watch)
+
+    def _notification(self, watch: _Watch, events: Sequence[Event]) -> bytes:
+        first, last = events[0], events[-1]
+        return self._link.frame(
+            b'{"jsonrpc":"2.0","method":"stream.events","params":{"sub":"%b","epoch":%d,"first":%d,"last":%d,"events":%b}}'
+            % (watch.sub.encode(), first.epoch, first.seq, last.seq, watch.encode(events))
+        )
+
+    def _fail(self, watch: _Watch, error: SupervisorError) -> None:
+        """Tell that a subscription has ended before its stream's outcome."""
+        method = "stream.gap" if isinstance(error, GapError) else "stream.failed"
+        params = {"sub": watch.sub, "error": error_for(error)}
+        self._link.outbox.append(
+            self._link.frame(_encode({"jsonrpc": "2.0", "method": method, "params": params}))
+        )
+        self._drop(watch)
+
+    def _drop(self, watch: _Watch) -> None:
+        """End a subscription: detach from the stream. Idempotent."""
+        if not watch.closed:
+            watch.closed = True
+            watch.events.wake = None
+            watch.events.close()
+            self._watches.pop(watch.sub, None)
+            if watch.fetching is not None:
+                watch.fetching.cancel()
+
+    HANDLERS: ClassVar[Mapping[str, Callable[[Session, Any], Any]]] = {
+        "hello": _hello,
+        "stream.start": _start,
+        "stream.get": _get,
+        "stream.list": _list,
+        "stream.cancel": _cancel,
+        "stream.subscribe": _subscribe,
+        "stream.credit": _credit,
+        "stream.unsubscribe": _unsubscribe,
+        "stream.wait": _wait,
+        "stream.snapshot": _snapshot,
+        "supervisor.stats": _stats,
+        "supervisor.health": _health,
+        "supervisor.reap": _reap,
+        "supervisor.drain": _drain,
+        "supervisor.shutdown": _shutdown,
+        "request.cancel": _withdraw,
+    }
+
+
+_WAITING = frozenset(
+    name for name, handler in Session.HANDLERS.items() if inspect.iscoroutinefunction(handler)
+)
+"""The methods that may wait, and so take one of the connection's `max_requests`."""
+
+
+# --- from the domain to the wire --------------------------------------------------------------------------------------
+
+
+def _outcome_json(outcome: Outcome | None) -> dict[str, Any] | None:
+    # The outcome's own JSON, embedded as it is journalled; the declared type says what a reader will find.
+    return None if outcome is None else cast("dict[str, Any]", msgspec.Raw(outcome.to_json()))
+
+
+def _stream_message(info: StreamInfo) -> StreamMessage:
+    fields = {field: getattr(info, field) for field in StreamMessage.__struct_fields__}
+    return StreamMessage(**{**fields, "outcome": _outcome_json(info.outcome)})
+
+
+def _cancel_message(result: CancelResult) -> CancelResultMessage:
+    return CancelResultMessage(
+        outcome=result.outcome,
+        id=result.id,
+        key=result.key,
+        state=None if result.state is None else str(result.state),
+        reason=result.reason,
+    )
+
+
+def _snapshot_message(stream: Stream, snapshot: Snapshot) -> SnapshotMessage:
+    fields = msgspec.to_builtins(snapshot)
+    return msgspec.convert({**fields, "id": stream.id, "state": str(stream.state)}, SnapshotMessage)
