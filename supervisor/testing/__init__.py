@@ -2,6 +2,35 @@
 
 from __future__ import annotations
 
+from supervisor.testing.schedule import (
+    Bounds,
+    DeadlockError,
+    Exploration,
+    LivelockError,
+    NondeterminismError,
+    ScheduleError,
+    ScheduleFailure,
+    Step,
+    TrioChangedError,
+    explore,
+    run,
+    run_drawn,
+)
 from supervisor.testing.upstream import Script, SimulatedUpstream
 
-__all__ = ["Script", "SimulatedUpstream"]
+__all__ = [
+    "Bounds",
+    "DeadlockError",
+    "Exploration",
+    "LivelockError",
+    "NondeterminismError",
+    "ScheduleError",
+    "ScheduleFailure",
+    "Script",
+    "SimulatedUpstream",
+    "Step",
+    "TrioChangedError",
+    "explore",
+    "run",
+    "run_drawn",
+]
