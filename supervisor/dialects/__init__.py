@@ -16,10 +16,14 @@ from supervisor.dialects.base import (
 from supervisor.dialects.catalog import BUILTIN, find
 from supervisor.dialects.fold import Fold
 from supervisor.dialects.native import NATIVE
+from supervisor.dialects.openai_chat import OPENAI_CHAT
+from supervisor.dialects.reading import BodyReader, Sink
 
 __all__ = [
     "BUILTIN",
     "NATIVE",
+    "OPENAI_CHAT",
+    "BodyReader",
     "Choice",
     "Delta",
     "Dialect",
@@ -27,6 +31,7 @@ __all__ = [
     "FaultKind",
     "Fold",
     "Reader",
+    "Sink",
     "Snapshot",
     "ToolCall",
     "ToolCallDelta",

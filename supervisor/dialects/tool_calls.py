@@ -116,7 +116,7 @@ class CallSorter:
             if not call.id:
                 call_id = call.id = piece.id
         name = ""
-        if piece.name and not call.has_arguments and piece.name != call.name:
+        if piece.name and piece.name != call.name and not (call.name and call.has_arguments):
             # A name in pieces, or a running one; once arguments have begun, a name again is only a repetition.
             name = call.name = piece.name if piece.name.startswith(call.name) else call.name + piece.name
         arguments = "" if repeated else piece.arguments

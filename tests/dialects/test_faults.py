@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supervisor.dialects.faults import MAX_MESSAGE_CHARS, classify, error_fault, find_fault, http_fault
@@ -139,6 +139,7 @@ def test_what_is_no_error(value: Any) -> None:
     assert find_fault(value) is None
 
 
+@settings(deadline=None)  # a test asserts no time
 @given(json_values, st.sampled_from([400, 429, 500]))
 def test_any_json_gives_a_bounded_fault(value: Any, status: int) -> None:
     """Whatever the body, there is a message, it is bounded, and nothing raises."""

@@ -6,7 +6,7 @@ import contextlib
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supervisor.dialects import NATIVE, Delta, ToolCallDelta, UnparseableError, Usage
@@ -14,6 +14,7 @@ from supervisor.dialects.native import encode
 from supervisor.errors import ConfigurationError
 
 
+@settings(deadline=None)  # a test asserts no time
 @given(
     st.builds(
         Delta,
@@ -55,6 +56,7 @@ def test_anything_else_is_a_configuration_error(item: Any) -> None:
     assert caught.value.field == "item"
 
 
+@settings(deadline=None)  # a test asserts no time
 @given(st.binary(max_size=50))
 def test_other_payloads_are_unparseable_at_worst(data: bytes) -> None:
     """A payload that is no JSON object raises UnparseableError and nothing else."""

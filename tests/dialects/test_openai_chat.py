@@ -147,6 +147,31 @@ def test_refusal() -> None:
             id="the whole call repeated",
         ),
         pytest.param(
+            [
+                call(0, "a", "f"),
+                call(0, None, None, '{"x"'),
+                call(0, None, None, ":1}"),
+                call(0, "a", "f", '{"x":1}'),
+            ],
+            [("a", "f", '{"x":1}')],
+            id="the whole call repeated after its pieces",
+        ),
+        pytest.param(
+            [
+                call(0, "a", "f", "["),
+                call(1, "b", "g", "{"),
+                call(0, None, None, "1"),
+                call(None, None, None, "]"),
+            ],
+            [("a", "f", "[1]"), ("b", "g", "{")],
+            id="an index left out after another call's piece",
+        ),
+        pytest.param(
+            [call(None, "a", "f", "{}"), call(None, "b", None, "{}"), call(None, "b", "g", None)],
+            [("a", "f", "{}"), ("b", "g", "{}")],
+            id="a second call without index or name",
+        ),
+        pytest.param(
             [call(0, "a", "f", '{"x":1}'), call(1, "a", "f", '{"x":2}')],
             [("a", "f", '{"x":1}'), ("a", "f", '{"x":2}')],
             id="two calls with one id",
@@ -181,9 +206,10 @@ def test_refusal() -> None:
         pytest.param([chunk({"tool_calls": []}), chunk({"tool_calls": None})], [], id="none"),
     ],
 )
-def test_tool_calls(pieces: list[bytes], expected: list[tuple[str, str, str]]) -> None:
-    """However calls are labelled, each piece goes to the call it belongs to."""
-    sink = read(*pieces, chunk(finish="tool_calls"), DONE)
+@pytest.mark.parametrize("before", [chunk({"role": "assistant"}), chunk(TEXT)], ids=["role", "text"])
+def test_tool_calls(before: bytes, pieces: list[bytes], expected: list[tuple[str, str, str]]) -> None:
+    """However calls are labelled, each piece goes to the call it belongs to, on the shortest way and on the long one."""
+    sink = read(before, *pieces, chunk(finish="tool_calls"), DONE)
     assert tuple(ToolCall(*call) for call in expected) == sink.snapshot.tool_calls
     assert sink.ending == ("completed", "tool_calls")
     assert not sink.skipped
@@ -279,6 +305,7 @@ def test_every_choice_must_finish() -> None:
     """With one of two choices unfinished the answer has not ended; then it has."""
     body = [chunk({"content": "a"}), chunk({"content": "b"}, index=1), chunk(finish="stop")]
     assert read(*body).ending == ("failed", "truncated")
+    assert read(*body, chunk(finish="stop")).ending == ("failed", "truncated")
     ended = read(*body, chunk(index=1, finish="length"))
     assert (*ended.ending, ended.marks) == ("completed", "stop", ["stop"])
     assert [(c.text, c.finish_reason) for c in ended.snapshot.choices] == [("a", "stop"), ("b", "length")]

@@ -6,7 +6,7 @@ import itertools
 import json
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supervisor.dialects import ToolCall, UnparseableError, Usage
@@ -112,6 +112,7 @@ FRAGMENTS = st.sampled_from(
 BODIES = st.lists(FRAGMENTS | st.binary(max_size=8), max_size=25).map(b"".join)
 
 
+@settings(deadline=None)  # a test asserts no time
 @given(st.lists(CHUNKS, max_size=6), st.sampled_from(["message", "error", "ping", "other"]))
 def test_any_json_is_read_or_refused(values: list[Any], name: str) -> None:
     """A reader raises UnparseableError or nothing, and its deltas can be folded and encoded."""
@@ -126,6 +127,7 @@ def test_any_json_is_read_or_refused(values: list[Any], name: str) -> None:
     read(*(event(value) for value in values), max_unparseable=100)
 
 
+@settings(deadline=None)  # a test asserts no time
 @given(BODIES, st.lists(st.integers(0, 200), max_size=6))
 def test_any_bytes_end_the_same_under_every_split(body: bytes, cuts: list[int]) -> None:
     """Arbitrary bytes end in one way, the same whole, byte by byte and cut anywhere.
@@ -147,6 +149,7 @@ WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 ARGUMENTS = st.dictionaries(WORDS, WORDS | st.integers(), max_size=3).map(json.dumps)
 
 
+@settings(deadline=None)  # a test asserts no time
 @given(
     st.lists(
         st.tuples(st.integers(0, 2), st.sampled_from(["content", "reasoning", "refusal"]), WORDS), max_size=20
