@@ -27,6 +27,8 @@ __all__ = ["classify", "error_fault", "find_fault", "http_fault", "shown"]
 
 MAX_MESSAGE_CHARS = 4096
 """How much of a provider's message is kept."""
+MAX_DEPTH: Final = 8
+"""How deep errors in errors, and messages in messages, are followed: what a peer nests must not exhaust the stack."""
 
 _WORDS: Final[tuple[tuple[FaultKind, tuple[str, ...]], ...]] = (
     (
@@ -167,12 +169,15 @@ def error_fault(error: Any, *, around: dict[str, Any] | None = None, status: int
 
     `around` is the object it was found in, which may hold the code.
     """
-    if isinstance(error, list):
-        error = next((item for item in error if item), "")
-    fields: dict[str, Any] = error if isinstance(error, dict) else {}
-    inner = fields.get("error")
-    if isinstance(inner, dict) and not any(fields.get(name) for name in _MESSAGE_FIELDS):
-        return error_fault(inner, around=fields, status=status)
+    fields: dict[str, Any] = {}
+    for _ in range(MAX_DEPTH):
+        if isinstance(error, list):
+            error = next((item for item in error if item), "")
+        fields = error if isinstance(error, dict) else {}
+        inner = fields.get("error")
+        if not isinstance(inner, dict) or any(fields.get(name) for name in _MESSAGE_FIELDS):
+            break
+        error, around = inner, fields
     message = _message(error)
     words = _codes(fields) + _codes(around or {})
     kind, temporary = classify(message=message, words=words, status=status)
@@ -193,7 +198,8 @@ def find_fault(value: Any, *, status: int | None = None, lenient: bool = False) 
     by a message with a code. When `lenient` (the body of an HTTP error), any message will do.
     """
     if isinstance(value, list):
-        return next((fault for item in value[:8] if (fault := find_fault(item, status=status))), None)
+        objects = (item for item in value[:8] if isinstance(item, dict))
+        return next((fault for item in objects if (fault := find_fault(item, status=status))), None)
     if not isinstance(value, dict):
         return None
     for name in ("error", "errors"):
@@ -239,17 +245,24 @@ def shown(body: bytes, limit: int = 500) -> str:
     return text if len(text) <= limit else f"{text[:limit]}…"
 
 
-def _message(error: Any) -> str:
+def _message(error: Any, depth: int = MAX_DEPTH) -> str:
     if isinstance(error, str):
         return error[:MAX_MESSAGE_CHARS]
+    if not depth:
+        return ""
     if isinstance(error, dict):
         for name in _MESSAGE_FIELDS:
             if error.get(name):
-                return _message(error[name])
+                return _message(error[name], depth - 1)
         return _message(error["error"]) if isinstance(error.get("error"), str) else ""
     if isinstance(error, list):
-        return "; ".join(filter(None, map(_message, error[:8])))[:MAX_MESSAGE_CHARS]
-    return "" if error is None or isinstance(error, bool) else str(error)[:MAX_MESSAGE_CHARS]
+        parts = (_message(item, depth - 1) for item in error[:8])
+        return "; ".join(part for part in parts if part)[:MAX_MESSAGE_CHARS]
+    return (
+        str(error)
+        if isinstance(error, int | float) and not isinstance(error, bool) and abs(error) < 1e15
+        else ""
+    )
 
 
 def _codes(fields: dict[str, Any]) -> tuple[str, ...]:

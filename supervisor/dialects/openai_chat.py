@@ -291,7 +291,7 @@ class _ChatReader:
         pieces = sum(len(part.pieces) for part in parts)
         for part in parts:
             if not 0 <= part.choice < MAX_CHOICES:
-                raise UnparseableError(f"choice index {part.choice} is out of range (0 to {MAX_CHOICES - 1})")
+                raise UnparseableError(f"a choice index is out of range (0 to {MAX_CHOICES - 1})")
             known = self._choices.get(part.choice)
             if part.pieces and pieces + (len(known.calls) if known else 0) > MAX_CALLS:
                 raise UnparseableError(f"more than {MAX_CALLS} tool calls in one choice")
@@ -395,21 +395,23 @@ def _content(content: Any) -> tuple[str, str, str]:
     return "".join(text), "".join(reasoning), "".join(refusal)
 
 
-def _gathered(value: Any) -> str:
-    """Return the text in a string, in an object with one, or in a list of either."""
+def _gathered(value: Any, depth: int = 4) -> str:
+    """Return the text in a string, in an object with one, or in a list of either, not nested deeply."""
     if isinstance(value, str):
         return value
+    if not depth:
+        return ""
     if isinstance(value, dict):
         return next(
             (
                 text
                 for name in ("text", "content", "summary", "value")
-                if (text := _gathered(value.get(name)))
+                if (text := _gathered(value.get(name), depth - 1))
             ),
             "",
         )
     if isinstance(value, list):
-        return "".join(_gathered(item) for item in value)
+        return "".join(_gathered(item, depth - 1) for item in value)
     return ""
 
 
@@ -440,7 +442,7 @@ def _index(value: Any) -> int | None:
         return int(value)
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
         return int(value)
-    raise UnparseableError(f"an index is {str(value)[:50]!r}")
+    raise UnparseableError(f"an index is a {type(value).__name__} that is no number")
 
 
 def _finish_reason(value: Any) -> str | None:
@@ -504,7 +506,10 @@ def _function(function: dict[str, Any]) -> tuple[str, str]:
     if arguments is None:
         arguments = ""
     elif not isinstance(arguments, str):
-        arguments = msgspec.json.encode(arguments).decode()
+        try:
+            arguments = msgspec.json.encode(arguments).decode()
+        except (ValueError, RecursionError) as exc:
+            raise UnparseableError(f"a tool call's arguments are not JSON ({exc})") from None
     return _text(function.get("name"), "a tool call's name"), arguments
 
 

@@ -241,3 +241,38 @@ def test_options_are_checked() -> None:
     for field in ("max_unparseable", "max_line_bytes", "max_event_bytes"):
         with pytest.raises(ConfigurationError, match=field):
             BodyReader(OPENAI_CHAT, RecordingSink(), **{field: -1})
+
+
+NESTS = [("[", "]"), *((f'{{"{name}":', "}") for name in ("error", "message", "detail", "text", "content"))]
+FRAMES = [
+    "%s",
+    '{"error":%s}',
+    '{"detail":%s}',
+    '{"choices":[{"delta":{"content":[{"type":"thinking","thinking":%s}]}}]}',
+    '{"choices":[{"delta":{"tool_calls":[{"function":{"arguments":%s}}]}}]}',
+    '{"choices":[{"index":%s}]}',
+]
+
+
+@pytest.mark.parametrize("depth", [30, 300, 450, 700, 950, 5000])
+def test_deep_nesting_exhausts_no_stack(depth: int) -> None:
+    """Whatever a peer nests, as an event, an error event, a stray line or a body, it is read or refused, never raised."""
+    for opening, closing in NESTS:
+        for frame in FRAMES:
+            value = (frame % (opening * depth + '"x"' + closing * depth)).encode()
+            for body in (
+                value,
+                b"data: " + value + b"\n\n",
+                b"event: error\ndata: " + value + b"\n\n",
+                b"error: " + value,
+            ):
+                assert read(body + b"\n").state == "failed"
+            assert OPENAI_CHAT.fault(500, value).message
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_huge_numbers(frame: str) -> None:
+    """A number of thousands of digits is no number that counts, and printing it is not attempted."""
+    value = (frame % ("1" + "0" * 6000)).encode()
+    assert read(event(value.decode()), event(value.decode(), "error")).state == "failed"
+    assert OPENAI_CHAT.fault(500, value).message
