@@ -1,0 +1,106 @@
+"""From options to a connected client, and from errors to messages and exit codes, for every command that is a client."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import trio
+
+from supervisor.cli.exits import Exit, for_kind
+from supervisor.cli.parser import DEFAULT_URL, TOKEN_VARIABLE, URL_VARIABLE
+from supervisor.cli.render import complain
+from supervisor.control import ControlClient, connect
+from supervisor.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    ControlClosedError,
+    GapError,
+    RequestError,
+    SupervisorError,
+)
+
+__all__ = ["as_client", "connecting", "run_reporting"]
+
+Command = Callable[[ControlClient, argparse.Namespace], Awaitable[int]]
+
+
+def connecting(
+    options: argparse.Namespace, *, reconnect: bool = False
+) -> AbstractAsyncContextManager[ControlClient]:
+    """Return a client that connects as the options and the environment say."""
+    url = options.url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
+    return connect(url, _token(options.token_file), name="cli", reconnect=reconnect)
+
+
+def _token(file: Path | None) -> str | None:
+    if file is None:
+        return os.environ.get(TOKEN_VARIABLE, "").strip() or None
+    try:
+        return file.read_text("ascii").strip()
+    except (OSError, UnicodeError):
+        raise ConfigurationError(
+            "--token-file", str(file), "a readable file that holds the token alone"
+        ) from None
+
+
+def as_client(options: argparse.Namespace, command: Command, *, reconnect: bool = False) -> int:
+    """Connect, carry a command out, and report what goes wrong; return the exit code."""
+
+    async def run() -> int:
+        async with connecting(options, reconnect=reconnect) as client:
+            return await command(client, options)
+
+    return run_reporting(run)
+
+
+def run_reporting(main: Callable[[], Awaitable[int]]) -> int:
+    """Run a program under trio; what it raises of this package's errors becomes a message and an exit code."""
+
+    async def run() -> int:
+        return await main()
+
+    try:
+        return trio.run(run)
+    except BaseException as error:
+        first = _first(error)
+        if isinstance(first, BrokenPipeError):
+            raise first from None
+        if isinstance(first, KeyboardInterrupt):
+            return Exit.INTERRUPTED
+        if isinstance(first, SupervisorError):
+            return _report(first)
+        if isinstance(first, OSError):
+            complain(str(first))
+            return Exit.FAILURE
+        raise
+
+
+def _report(error: BaseException) -> int:
+    message = str(error)
+    code = Exit.FAILURE
+    if isinstance(error, AuthenticationError):
+        message += f"; give the token by --token-file or ${TOKEN_VARIABLE}"
+        code = Exit.UNREACHABLE
+    elif isinstance(error, ControlClosedError):
+        if error.code is None:
+            message = f"{error.reason}; is the daemon running (stream-supervisor serve), and --url right?"
+        code = Exit.UNREACHABLE
+    elif isinstance(error, RequestError):
+        if error.retry_after_s is not None:
+            message += f" (retry after {error.retry_after_s:g} s)"
+        code = for_kind(error.kind)
+    elif isinstance(error, ConfigurationError):
+        code = Exit.USAGE
+    elif isinstance(error, GapError):
+        message += ", or use --after snapshot"
+    complain(message)
+    return code
+
+
+def _first(error: BaseException) -> BaseException:
+    """Return what a group is about, by its first exception; nurseries wrap what comes out of them."""
+    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error

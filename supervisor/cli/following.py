@@ -1,0 +1,345 @@
+"""`start` and `watch`: an answer as it comes, and what Ctrl-C means meanwhile.
+
+Standard output carries the answer's text and nothing else; what is said about it goes to standard error, as a status line
+that is redrawn on a terminal. The connection is made again if it is lost, and the text goes on where it was.
+
+Ctrl-C never stops a stream by accident: it asks whether to detach (the stream goes on without us) or to cancel. Where there
+is no terminal to ask on it detaches. A second Ctrl-C at the question detaches too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+import msgspec
+import trio
+from rich.live import Live
+from rich.status import Status
+from rich.text import Text
+
+from supervisor.cli.connecting import as_client
+from supervisor.cli.exits import Exit, for_outcome
+from supervisor.cli.render import (
+    complain,
+    console,
+    print_json,
+    say,
+    show_text,
+    streams_table,
+    told_outcome,
+    visible,
+)
+from supervisor.control import (
+    ControlClient,
+    DeadlinesMessage,
+    EventMessage,
+    EventStream,
+    OnDetachMessage,
+    RetryMessage,
+    StreamMessage,
+)
+from supervisor.errors import ControlError
+from supervisor.streams import Cursor
+
+__all__ = ["start", "watch"]
+
+Choice = Literal["detach", "cancel"]
+_TABLE_STREAMS = 200
+
+
+def start(options: argparse.Namespace) -> int:
+    """Start a stream and follow it; the exit code tells how it ended."""
+    try:
+        options.request = _request(options)
+    except ValueError as error:
+        complain(str(error))
+        return Exit.USAGE
+    return as_client(options, _start, reconnect=not options.detach)
+
+
+def _request(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the body for the provider. Raises ValueError, saying what is missing or wrong."""
+    if options.request is None:
+        if options.prompt is None:
+            raise ValueError("what to ask? give a PROMPT with --model, or --request")
+        if options.model is None:
+            raise ValueError("a PROMPT needs --model")
+        return {
+            "model": options.model,
+            "messages": [{"role": "user", "content": options.prompt}],
+            "stream": True,
+        }
+    text = options.request
+    if text == "-":
+        text = sys.stdin.read()
+    elif text.startswith("@"):
+        try:
+            text = Path(text[1:]).read_text("utf-8")
+        except (OSError, UnicodeError) as error:
+            raise ValueError(
+                f"--request {options.request}: {getattr(error, 'strerror', None) or error}"
+            ) from None
+    try:
+        request = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"--request is not JSON: {error}") from None
+    if not isinstance(request, dict):
+        raise ValueError("--request must be a JSON object, the body for the provider")  # noqa: TRY004  # all its mistakes are one kind to the caller
+    return request if options.model is None else {**request, "model": options.model}
+
+
+async def _start(client: ControlClient, options: argparse.Namespace) -> int:
+    started = await client.start(
+        options.upstream,
+        options.request,
+        key=options.key,
+        on_conflict=options.on_conflict,
+        on_detach=_on_detach(options),
+        deadlines=DeadlinesMessage(**dict(options.deadlines)),
+        retry=RetryMessage() if options.attempts is None else RetryMessage(attempts=options.attempts),
+        labels=dict(options.labels),
+        delivery="durable" if options.durable else "immediate",
+    )
+    if options.json:
+        print_json({"kind": "started", **msgspec.to_builtins(started)})
+    elif options.detach:
+        print(started.id, flush=True)  # noqa: T201  # what --detach is for
+    else:
+        say(f"{'started' if started.created else 'joined'} {started.id}")
+    if options.detach:
+        return Exit.OK
+    return await _follow(client, client.subscribe(started.id, view="text"), options)
+
+
+def _on_detach(options: argparse.Namespace) -> OnDetachMessage:
+    if options.on_detach is None:
+        return OnDetachMessage()
+    mode, grace_s = options.on_detach
+    return OnDetachMessage(mode=mode) if grace_s is None else OnDetachMessage(mode=mode, grace_s=grace_s)
+
+
+def watch(options: argparse.Namespace) -> int:
+    """Follow one stream, or show all of them."""
+    if options.id is None and options.key is None:
+        return as_client(options, _watch_all, reconnect=True)
+    return as_client(options, _watch, reconnect=True)
+
+
+async def _watch(client: ControlClient, options: argparse.Namespace) -> int:
+    after = Cursor(*options.after) if isinstance(options.after, tuple) else options.after
+    view: Literal["events", "text"] = "events" if options.events and options.json else "text"
+    return await _follow(
+        client, client.subscribe(options.id, key=options.key, after=after, view=view), options
+    )
+
+
+# --- one stream ------------------------------------------------------------------------------------------------------
+
+
+@attrs.define
+class _Following:
+    """What following one stream has come to."""
+
+    outcome: dict[str, Any] | None = None
+    choice: Choice | None = None
+    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    """Holds the reading: cancelled to detach."""
+
+
+async def _follow(client: ControlClient, events: EventStream, options: argparse.Namespace) -> int:
+    """Show a stream until it has ended, or until Ctrl-C has been answered with detach."""
+    following = _Following()
+    with trio.open_signal_receiver(signal.SIGINT) as interrupts:
+        async with events, trio.open_nursery() as nursery:
+            following.scope = nursery.cancel_scope
+            policy = options.on_interrupt or "ask"
+            nursery.start_soon(_interrupted, client, events, interrupts, policy, following)
+            await _show_events(events, options, following)
+            nursery.cancel_scope.cancel(reason="the stream has ended")
+    if following.outcome is None and following.choice != "detach":
+        stream = await client.get(events.id)  # the outcome lies before where we began
+        following.outcome = stream.outcome
+        if options.json and stream.outcome is not None:
+            print_json({"kind": "outcome", "seq": stream.tail_seq, "outcome": stream.outcome})
+    if following.outcome is not None:
+        if not options.json:
+            say(f"{events.id} {told_outcome(following.outcome)}")
+        return for_outcome(following.outcome["state"])
+    cursor = events.cursor
+    place = f" --after {cursor.epoch}:{cursor.seq}" if cursor is not None else ""
+    say(f"detached; the stream goes on: stream-supervisor watch {events.id}{place}")
+    return Exit.INTERRUPTED
+
+
+async def _show_events(events: EventStream, options: argparse.Namespace, following: _Following) -> None:
+    if options.json:
+        if events.snapshot is not None:
+            print_json({"kind": "snapshot", **msgspec.to_builtins(events.snapshot)})
+        async for event in events:
+            print_json(msgspec.to_builtins(event))
+            following.outcome = event.outcome
+        return
+    with _status(events) as status:
+        if events.snapshot is not None:
+            status.write(events.snapshot.text)
+        async for event in events:
+            status.take(event)
+            following.outcome = event.outcome
+
+
+class _Status:
+    """Writes the text, and says on standard error what is going on besides."""
+
+    def __init__(self, stream_id: str, spinner: Status | None) -> None:
+        self._id = stream_id
+        self._spinner = spinner
+        self._ends_line = True
+        self._characters = 0
+
+    def take(self, event: EventMessage) -> None:
+        if event.text:
+            self.write(event.text)
+        elif event.kind == "attempt" and event.details is not None and event.details.get("cause"):
+            delay_s = event.details.get("delay_s", 0)
+            self.remark(f"attempt {event.details['attempt']} after {delay_s:g} s ({event.details['cause']})")
+        elif event.kind == "skipped" and event.details is not None:
+            self.remark(f"an unreadable event was skipped: {event.details.get('why', '')}")
+        if self._spinner is not None:
+            self._spinner.update(Text(f"{self._id}: {self._characters} characters, {event.seq} events"))
+
+    def write(self, text: str) -> None:
+        show_text(text)
+        self._characters += len(text)
+        self._ends_line = text.endswith("\n") if text else self._ends_line
+
+    def remark(self, message: str) -> None:
+        self.end_line()
+        say(f"{self._id} {message}")
+
+    def end_line(self) -> None:
+        """On a terminal, where both outputs meet, start what is said next on a line of its own."""
+        if not self._ends_line and sys.stdout.isatty():
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+            self._ends_line = True
+
+
+@contextlib.contextmanager
+def _status(events: EventStream) -> Iterator[_Status]:
+    """Give the writer; with a line that shows progress where the text itself goes elsewhere."""
+    with contextlib.ExitStack() as stack:
+        spinner = None
+        if sys.stderr.isatty() and not sys.stdout.isatty():
+            spinner = stack.enter_context(console(stderr=True).status(Text(events.id)))
+        status = _Status(events.id, spinner)
+        try:
+            yield status
+        finally:
+            status.end_line()
+
+
+# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+async def _interrupted(
+    client: ControlClient,
+    events: EventStream,
+    interrupts: AsyncIterator[int],
+    policy: Literal["ask", "detach", "cancel"],
+    following: _Following,
+) -> None:
+    async for _ in interrupts:
+        choice = await _ask(interrupts, events.id) if policy == "ask" else policy
+        if choice == "go on":
+            continue
+        following.choice = choice
+        if choice == "detach":
+            following.scope.cancel(reason="detached by Ctrl-C")
+            return
+        say(f"cancelling {events.id}")
+        try:
+            await client.cancel(events.id, reason="Ctrl-C", actor="cli")
+        except ControlError as error:
+            complain(f"the stream may not be cancelled: {error}")
+
+
+async def _ask(interrupts: AsyncIterator[int], stream_id: str) -> Literal["detach", "cancel", "go on"]:
+    """Ask on the terminal, where there is one; a further Ctrl-C, or an end of input, is `detach`."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return "detach"
+    answer: list[str] = []
+
+    async def read(scope: trio.CancelScope) -> None:
+        answer.append(await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True))
+        scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        sys.stderr.write(
+            f"\n{stream_id}: [d]etach and let it go on, [c]ancel it, or [Enter] to go on watching? "
+        )
+        sys.stderr.flush()
+        nursery.start_soon(read, nursery.cancel_scope)
+        await anext(interrupts)
+        sys.stderr.write("\n")
+        nursery.cancel_scope.cancel()
+    said = answer[0].strip().lower() if answer and answer[0] else "d"
+    if said.startswith("c"):
+        return "cancel"
+    return "detach" if said.startswith("d") else "go on"
+
+
+# --- all streams -----------------------------------------------------------------------------------------------------
+
+
+async def _watch_all(client: ControlClient, options: argparse.Namespace) -> int:
+    """Show a live table; on a pipe, a line for each change."""
+    live = not options.json and sys.stdout.isatty()
+    seen: dict[str, tuple[str, str | None]] = {}
+    code = Exit.INTERRUPTED if options.until_idle else Exit.OK  # unless they all end before Ctrl-C
+    with trio.open_signal_receiver(signal.SIGINT) as interrupts, contextlib.ExitStack() as stack:
+        display = stack.enter_context(Live(console=console(), auto_refresh=False)) if live else None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_until_interrupt, interrupts, nursery.cancel_scope)
+            while not idle:
+                page = await client.list(limit=_TABLE_STREAMS)
+                if display is not None:
+                    display.update(streams_table(page.streams), refresh=True)
+                else:
+                    seen = _print_changes(page.streams, seen, as_json=options.json)
+                idle = bool(options.until_idle) and all(
+                    stream.ended_at is not None for stream in page.streams
+                )
+                if not idle:
+                    await trio.sleep(options.interval)
+            nursery.cancel_scope.cancel(reason="no stream is live")
+    return Exit.OK if idle or not options.until_idle else Exit.INTERRUPTED
+
+
+async def _until_interrupt(interrupts: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    await anext(interrupts)
+    scope.cancel(reason="Ctrl-C")
+
+
+def _print_changes(
+    streams: tuple[StreamMessage, ...], seen: dict[str, tuple[str, str | None]], *, as_json: bool
+) -> dict[str, tuple[str, str | None]]:
+    """Print the streams whose state has changed, oldest first; return what is known now."""
+    known: dict[str, tuple[str, str | None]] = {}
+    for stream in reversed(streams):
+        known[stream.id] = (stream.state, stream.reason)
+        if seen.get(stream.id) == known[stream.id]:
+            continue
+        if as_json:
+            print_json(stream)
+        else:
+            state = stream.state if stream.reason is None else f"{stream.state}({stream.reason})"
+            print(visible(f"{stream.id} {state} {stream.upstream or '-'} {stream.key or '-'}"), flush=True)  # noqa: T201  # the command's output
+    return known

@@ -1,0 +1,318 @@
+"""The commands and their options, as data for argparse. What the commands do is in the modules beside."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from supervisor.cli.exits import EXIT_TABLE
+
+__all__ = ["DEFAULT_URL", "TOKEN_VARIABLE", "URL_VARIABLE", "build_parser"]
+
+DEFAULT_URL = "ws://127.0.0.1:7433"
+URL_VARIABLE = "STREAM_SUPERVISOR_URL"
+TOKEN_VARIABLE = "STREAM_SUPERVISOR_TOKEN"  # noqa: S105  # the name of a variable
+CONFIG_VARIABLE = "STREAM_SUPERVISOR_CONFIG"
+
+_STATES = ("pending", "connecting", "streaming", "stopping", "completed", "failed", "cancelled", "expired")
+_CLOCKS = ("connect", "first_event", "idle", "total")
+
+Options = argparse.Namespace
+
+
+def _command(where: str) -> Callable[[Options], int]:
+    """Return the function `module:name`, imported when it is called."""
+    module, _, name = where.partition(":")
+
+    def run(options: Options) -> int:
+        code: int = getattr(importlib.import_module(f"supervisor.cli.{module}"), name)(options)
+        return code
+
+    return run
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from supervisor.version import version  # noqa: PLC0415  # reads the package's metadata
+
+        print(f"stream-supervisor {version()}")  # noqa: T201  # what was asked for
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line; `options.run(options)` carries the command out."""
+    codes = "\n".join(f"  {int(code):>3}  {meaning}" for code, meaning in EXIT_TABLE.items())
+    parser = argparse.ArgumentParser(
+        prog="stream-supervisor",
+        description="Supervise token streams: start, watch, list and cancel them on a daemon that owns them.",
+        epilog=f"exit codes:\n{codes}\n\n"
+        f"environment:\n"
+        f"  {URL_VARIABLE}     where the daemon is (default {DEFAULT_URL})\n"
+        f"  {TOKEN_VARIABLE}   the bearer token, where the daemon wants one (or --token-file)\n"
+        f"  {CONFIG_VARIABLE}  the configuration of serve and check-config (or --config)",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_daemon(commands)
+    _add_streams(commands)
+    _add_control(commands)
+    _add_tools(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, where: str, about: str, **options: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=about, description=about[0].upper() + about[1:] + ".", allow_abbrev=False, **options
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON: one object a line")
+    parser.set_defaults(run=_command(where))
+    return parser
+
+
+def _client(commands: Any, name: str, where: str, about: str, **options: Any) -> argparse.ArgumentParser:
+    parser = _add(commands, name, where, about, **options)
+    group = parser.add_argument_group("the daemon")
+    group.add_argument("--url", metavar="URL", help=f"default: ${URL_VARIABLE}, or {DEFAULT_URL}")
+    group.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help=f"the bearer token (default: ${TOKEN_VARIABLE}, if set)",
+    )
+    return parser
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+
+def _add_daemon(commands: Any) -> None:
+    serve = _add(
+        commands,
+        "serve",
+        "serving:serve",
+        "run the daemon, until SIGTERM or Ctrl-C",
+        epilog="SIGTERM, or SIGINT once: drain for the grace, then cancel the rest. SIGINT twice: cancel at once; three "
+        "times: leave on the spot. SIGHUP: reopen the log file.",
+    )
+    _config_option(serve)
+    serve.add_argument(
+        "--host", help="the address to listen on (127.0.0.1); beyond loopback only with a token"
+    )
+    serve.add_argument("--port", type=int, help="the port (7433); 0: any free one")
+    serve.add_argument("--store", metavar="PATH", help="the SQLite file, or :memory:")
+    serve.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="a file that holds the bearer token clients need"
+    )
+    serve.add_argument(
+        "--grace", type=float, metavar="S", help="seconds that live streams may go on at the end (30)"
+    )
+    serve.add_argument("--log-file", type=Path, metavar="FILE", help="default: standard error")
+    serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
+    serve.add_argument("--log-format", choices=("console", "json"))
+    serve.add_argument(
+        "--ready-file", type=Path, metavar="FILE", help="written (JSON) once ready, removed at the end"
+    )
+    check = _add(
+        commands, "check-config", "serving:check_config", "check a configuration and print what it comes to"
+    )
+    check.add_argument(
+        "file", nargs="?", type=Path, metavar="FILE", help=f"default: --config, or ${CONFIG_VARIABLE}"
+    )
+    _config_option(check)
+
+
+def _config_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help=f"a TOML file (default: ${CONFIG_VARIABLE}, or all defaults)",
+    )
+
+
+def _add_streams(commands: Any) -> None:
+    start = _client(commands, "start", "following:start", "start a stream and follow its text")
+    start.add_argument("upstream", metavar="UPSTREAM")
+    what = start.add_mutually_exclusive_group()
+    what.add_argument("prompt", nargs="?", metavar="PROMPT", help="a user's message; needs --model")
+    what.add_argument(
+        "--request", metavar="JSON|@FILE|-", help="the body for the provider; -: from standard input"
+    )
+    start.add_argument("--model", help="the model; wins over the one in --request")
+    start.add_argument("--key", help="your name for this work: starting it again joins it")
+    start.add_argument("--on-conflict", choices=("attach", "reject", "replace"), default="attach")
+    start.add_argument(
+        "--label", type=_pair, action="append", default=[], metavar="NAME=VALUE", dest="labels"
+    )
+    start.add_argument(
+        "--deadline",
+        type=_deadline,
+        action="append",
+        default=[],
+        metavar="CLOCK=S",
+        dest="deadlines",
+        help=f"{', '.join(_CLOCKS)}; seconds, or none",
+    )
+    start.add_argument("--attempts", type=int, metavar="N", help="how often to try before the first event")
+    start.add_argument(
+        "--on-detach",
+        type=_on_detach,
+        metavar="keep|cancel[:S]",
+        help="when nobody reads it (keep); S: after seconds",
+    )
+    start.add_argument("--durable", action="store_true", help="show only what is recorded")
+    start.add_argument("--detach", action="store_true", help="do not follow: print the id")
+    _interrupt_option(start)
+    watch = _client(
+        commands, "watch", "following:watch", "follow a stream's text; without ID, all streams as a table"
+    )
+    _selector(watch)
+    watch.add_argument(
+        "--after",
+        type=_after,
+        default="start",
+        metavar="start|tail|snapshot|EPOCH:SEQ",
+        help="where to begin (start)",
+    )
+    watch.add_argument(
+        "--events", action="store_true", help="with --json: every event as received, not only the text"
+    )
+    watch.add_argument(
+        "--interval", type=_seconds, default=0.5, metavar="S", help="without ID: how often to look (0.5)"
+    )
+    watch.add_argument("--until-idle", action="store_true", help="without ID: end once no stream is live")
+    _interrupt_option(watch)
+    listing = _client(commands, "list", "inspecting:list_streams", "list streams, newest first")
+    listing.add_argument("--state", action="append", choices=_STATES, dest="states")
+    listing.add_argument(
+        "--label", type=_pair, action="append", default=[], metavar="NAME=VALUE", dest="labels"
+    )
+    listing.add_argument("--key")
+    listing.add_argument("--upstream", metavar="NAME")
+    live = listing.add_mutually_exclusive_group()
+    live.add_argument("--live", action="store_true", default=None, help="only those that have not ended")
+    live.add_argument(
+        "--ended", action="store_false", dest="live", default=None, help="only those that have, in memory"
+    )
+    listing.add_argument("--before", metavar="ID", help="go on after this id: the next page")
+    listing.add_argument("--limit", type=int, default=100, metavar="N", help="at most so many (100)")
+    show = _client(
+        commands, "show", "inspecting:show", "show a stream: what it is, how it ended, what it said"
+    )
+    _selector(show)
+    cancel = _client(commands, "cancel", "inspecting:cancel", "cancel streams by id, key, label, or all")
+    _selector(cancel)
+    cancel.add_argument(
+        "--label", type=_pair, action="append", default=[], metavar="NAME=VALUE", dest="labels"
+    )
+    cancel.add_argument("--all", action="store_true", help="every live stream")
+    cancel.add_argument("--reason", default="", help="kept with the outcome")
+    cancel.add_argument(
+        "--mode", choices=("abort", "drain"), default="abort", help="drain: let it end by itself first"
+    )
+    cancel.add_argument(
+        "--drain-s", type=_seconds, default=10.0, metavar="S", help="how long a drain may take (10)"
+    )
+    cancel.add_argument(
+        "--wait-s", type=_seconds, default=5.0, metavar="S", help="how long to wait for the end (5)"
+    )
+
+
+def _add_control(commands: Any) -> None:
+    _client(commands, "stats", "inspecting:stats", "print the daemon's figures")
+    _client(commands, "health", "inspecting:health", "tell whether the daemon is well; exit 1 if it is not")
+    reap = _client(commands, "reap", "inspecting:reap", "run the memory manager now")
+    reap.add_argument("--dry-run", action="store_true", help="only say what would be reaped, and why")
+    drain = _client(
+        commands, "drain", "inspecting:drain", "start nothing more, and wait until no stream is live"
+    )
+    drain.add_argument(
+        "--timeout", type=_seconds, metavar="S", help="wait at most so long; exit 4 if some still live"
+    )
+    shutdown = _client(commands, "shutdown", "inspecting:shutdown", "end the daemon")
+    shutdown.add_argument("--grace", type=_seconds, metavar="S", help="default: as configured")
+
+
+def _add_tools(commands: Any) -> None:
+    replay = _add(
+        commands,
+        "replay",
+        "replaying:replay_files",
+        "read recorded response bodies as a live stream would, without a daemon",
+    )
+    replay.add_argument(
+        "--dialect", required=True, metavar="NAME", help="such as openai-chat; sse: no dialect"
+    )
+    replay.add_argument("--chunk", type=int, metavar="N", help="feed N bytes at a time")
+    replay.add_argument("files", nargs="+", metavar="FILE", help="-: standard input")
+    demo = _add(
+        commands,
+        "demo",
+        "demo:demo",
+        "show it all on a daemon and a simulated provider of its own; needs no key",
+    )
+    demo.add_argument("--plain", action="store_true", help="no live table")
+
+
+def _selector(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("id", nargs="?", metavar="ID")
+    group.add_argument("--key")
+
+
+def _interrupt_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on-interrupt",
+        choices=("ask", "detach", "cancel"),
+        help="what Ctrl-C does (ask; where there is no terminal to ask on: detach)",
+    )
+
+
+# --- the types of options --------------------------------------------------------------------------------------------
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return value
+
+
+def _deadline(text: str) -> tuple[str, float | None]:
+    clock, equals, value = text.partition("=")
+    name = clock.removesuffix("_s").replace("-", "_")
+    if not equals or name not in _CLOCKS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not CLOCK=S; the clocks are {', '.join(_CLOCKS)}")
+    return f"{name}_s", None if value == "none" else _seconds(value)
+
+
+def _on_detach(text: str) -> tuple[str, float | None]:
+    mode, colon, grace = text.partition(":")
+    if mode not in {"keep", "cancel"} or (colon and mode == "keep"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not keep, cancel or cancel:SECONDS")
+    return mode, _seconds(grace) if colon else None
+
+
+def _after(text: str) -> str | tuple[int, int]:
+    if text in {"start", "tail", "snapshot"}:
+        return text
+    epoch, colon, seq = text.partition(":")
+    if colon and epoch.isdecimal() and seq.isdecimal() and epoch.isascii() and seq.isascii() and int(epoch):
+        return int(epoch), int(seq)
+    raise argparse.ArgumentTypeError(f"{text!r} is not start, tail, snapshot or EPOCH:SEQ")

@@ -1,0 +1,493 @@
+"""What a daemon is told: one TOML file, every key of which has a default.
+
+A configuration is a tree of attrs classes, one a table, and the tables are the classes that the rest of the package takes
+its options from (`Limits`, `Deadlines`, `MemoryPolicy`, `RetryPolicy`): a key is documented, defaulted and validated where it
+is used, and once. This file only reads: it takes a table's keys from the fields of its class, converts strictly by their
+types, and turns whatever is wrong into a `ConfigurationError` that names the file, the table, the key, the value and what
+would be right. A key that nobody knows is an error, for a misspelt limit is a limit that is not there.
+
+TOML has no null, so a limit that can be turned off is turned off with `"none"`.
+
+Secrets are never values here: a credential or token is the name of an environment variable or of a file. A key or header
+that looks like the secret itself is refused without showing its value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import attrs
+import msgspec
+
+from supervisor.control.auth import Token
+from supervisor.control.server import ControlLimits
+from supervisor.errors import ConfigurationError
+from supervisor.stores import MemoryStore
+from supervisor.stores.base import Store
+from supervisor.stores.sqlite import SQLiteStore, Synchronous
+from supervisor.streams import Deadlines, Limits, MemoryPolicy
+from supervisor.upstream.catalog import Credential, Upstream, discover
+from supervisor.upstream.retry import RetryPolicy
+
+__all__ = [
+    "DEFAULT_PORT",
+    "MEMORY",
+    "Config",
+    "ControlConfig",
+    "LogConfig",
+    "RetentionConfig",
+    "ShutdownConfig",
+    "StoreConfig",
+    "TokenSource",
+    "default_store_path",
+    "load",
+    "parse",
+]
+
+DEFAULT_PORT = 7433
+MEMORY = ":memory:"
+"""The store's `path` that keeps everything in memory, for as long as the daemon runs."""
+
+LogFormat = Literal["console", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+_T = TypeVar("_T")
+_MAX_FILE_BYTES = 1 << 20
+_UPSTREAM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SECRET_KEY = re.compile(
+    r"(^|[-_])(key|token|secret|password|credential|authorization|cookie)s?$", re.IGNORECASE
+)
+
+
+@attrs.frozen
+class _Hidden:
+    """Stands for a value that is not shown: it may be, or hold, a secret."""
+
+    called: str = "(hidden)"
+
+    def __repr__(self) -> str:
+        return self.called
+
+
+# --- the tables ------------------------------------------------------------------------------------------------------
+
+
+def _port(_instance: object, attribute: attrs.Attribute[Any], value: int) -> None:
+    if not 0 <= value <= 65535:
+        raise ConfigurationError(attribute.name, value, "a port: 0 (any free one) to 65535")
+
+
+def _not_negative(_instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
+    if not 0 <= value < float("inf"):
+        raise ConfigurationError(attribute.name, value, "0 or more")
+
+
+def _positive(_instance: object, attribute: attrs.Attribute[Any], value: float | None) -> None:
+    if value is not None and not 0 < value < float("inf"):
+        raise ConfigurationError(attribute.name, value, "a number above 0")
+
+
+def _whole(_instance: object, attribute: attrs.Attribute[Any], value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ConfigurationError(attribute.name, value, "a whole number of at least 1")
+
+
+@attrs.frozen(kw_only=True)
+class TokenSource:
+    """Where the bearer token of the control channel is kept: at most one of a file and an environment variable."""
+
+    file: Path | None = None
+    env: str | None = None
+
+    def read(self, environ: Mapping[str, str]) -> str | None:
+        """Return the token, or None if none is configured. Raises ConfigurationError; never shows the token."""
+        if self.file is not None:
+            try:
+                text = self.file.read_text("ascii")
+            except (OSError, UnicodeError) as error:
+                raise ConfigurationError(
+                    "token_file",
+                    str(self.file),
+                    f"a readable file that holds the token alone ({_why(error)})",
+                ) from None
+            return _checked(text)
+        if self.env is not None:
+            if not environ.get(self.env):
+                raise ConfigurationError("token_env", self.env, "an environment variable that is set")
+            return _checked(environ[self.env])
+        return None
+
+
+def _checked(text: str) -> str:
+    token = text.strip()
+    Token(token)  # raises for one that cannot be sent in a header
+    return token
+
+
+@attrs.frozen(kw_only=True)
+class ControlConfig:
+    """`[control]`: where clients connect, and who may."""
+
+    host: str = "127.0.0.1"
+    """The address to listen on. Beyond loopback only with a token."""
+    port: int = attrs.field(default=DEFAULT_PORT, validator=_port)
+    """0: any free port; the ready line says which."""
+    token_file: Path | None = None
+    """A file that holds the bearer token alone."""
+    token_env: str | None = None
+    """The environment variable that holds it."""
+    origins: tuple[str, ...] = ()
+    """Web origins whose pages may connect, such as `https://example.org`."""
+    limits: ControlLimits = attrs.field(factory=ControlLimits)
+    """`[control.limits]`, with `[control.limits.link]` and `[control.limits.session]`: what bounds clients."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.token_file is not None and self.token_env is not None:
+            raise ConfigurationError("token_env", self.token_env, "only one of token_file and token_env")
+
+    @property
+    def token(self) -> TokenSource:
+        """Where the token is kept."""
+        return TokenSource(file=self.token_file, env=self.token_env)
+
+
+@attrs.frozen(kw_only=True)
+class StoreConfig:
+    """`[store]`: where journals are kept."""
+
+    path: str | None = None
+    """A SQLite file, or `:memory:`. The default is `streams.db` in the state directory (see `default_store_path`)."""
+    synchronous: Synchronous = "NORMAL"
+    """What a commit waits for; see `supervisor.stores.sqlite`."""
+    commit_interval_s: float = attrs.field(default=0.02, validator=_not_negative)
+    commit_bytes: int = attrs.field(default=256 << 10, validator=_whole)
+    high_water_bytes: int = attrs.field(default=64 << 20, validator=_whole)
+    patience_s: float = attrs.field(default=30.0, validator=_positive)
+    busy_timeout_s: float = attrs.field(default=5.0, validator=_not_negative)
+
+    def __attrs_post_init__(self) -> None:
+        if self.path == "":
+            raise ConfigurationError("path", self.path, f"the path of a file, or {MEMORY!r}")
+
+    def located(self, environ: Mapping[str, str]) -> str:
+        """Return the path, with its default."""
+        if self.path is None:
+            return str(default_store_path(environ))
+        return self.path if self.path == MEMORY else str(Path(self.path).expanduser())
+
+    def open(self, environ: Mapping[str, str]) -> Store:
+        """Return the store, not yet running; makes the default's directory (mode 0700) if it is missing."""
+        path = self.located(environ)
+        if path == MEMORY:
+            return MemoryStore()
+        if self.path is None:
+            try:
+                Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigurationError(
+                    "store.path", path, f"a place that can be written ({_why(error)})"
+                ) from None
+        return SQLiteStore(
+            path,
+            synchronous=self.synchronous,
+            commit_interval_s=self.commit_interval_s,
+            commit_bytes=self.commit_bytes,
+            high_water_bytes=self.high_water_bytes,
+            patience_s=self.patience_s,
+            busy_timeout_s=self.busy_timeout_s,
+        )
+
+
+@attrs.frozen(kw_only=True)
+class RetentionConfig:
+    """`[retention]`: how long the store keeps ended streams."""
+
+    max_ended: int | None = attrs.field(default=100_000, validator=_whole)
+    """The last so many to end are kept."""
+    max_age_s: float | None = attrs.field(default=30 * 86_400.0, validator=_positive)
+    """Those that ended longer ago are removed."""
+    sweep_every_s: float = attrs.field(default=60.0, validator=_positive)
+
+
+@attrs.frozen(kw_only=True)
+class ShutdownConfig:
+    """`[shutdown]`: how the daemon ends."""
+
+    grace_s: float = attrs.field(default=30.0, validator=_not_negative)
+    """How long live streams may go on after SIGTERM or a first SIGINT before they are cancelled."""
+
+
+@attrs.frozen(kw_only=True)
+class LogConfig:
+    """`[log]`: what is logged, how and where."""
+
+    level: LogLevel = "info"
+    format: LogFormat = "console"
+    """`console`: a line for people; `json`: one JSON object a line."""
+    file: Path | None = None
+    """The default is standard error. SIGHUP reopens a file, so that it can be rotated."""
+
+
+@attrs.frozen(kw_only=True)
+class Config:
+    """Everything a daemon is told. `Config()` is a daemon that runs with no file at all."""
+
+    control: ControlConfig = attrs.field(factory=ControlConfig)
+    store: StoreConfig = attrs.field(factory=StoreConfig)
+    retention: RetentionConfig = attrs.field(factory=RetentionConfig)
+    shutdown: ShutdownConfig = attrs.field(factory=ShutdownConfig)
+    log: LogConfig = attrs.field(factory=LogConfig)
+    limits: Limits = attrs.field(factory=Limits)
+    memory: MemoryPolicy = attrs.field(factory=MemoryPolicy)
+    deadlines: Deadlines = attrs.field(factory=Deadlines)
+    retry: RetryPolicy = attrs.field(factory=RetryPolicy)
+    discover: bool = True
+    """Whether upstreams are also found by `OPENAI_API_KEY` and the like; those of the file win over them."""
+    upstreams: tuple[Upstream, ...] = ()
+    source: str = "the defaults"
+    """Where it was read from."""
+
+    def all_upstreams(self, environ: Mapping[str, str]) -> dict[str, Upstream]:
+        """Return the upstreams by name, with those that the environment offers."""
+        found = (
+            {up.name: attrs.evolve(up, retry=self.retry) for up in discover(environ)} if self.discover else {}
+        )
+        return found | {up.name: up for up in self.upstreams}
+
+
+def default_store_path(environ: Mapping[str, str]) -> Path:
+    """Return where the store is by default: `$XDG_STATE_HOME/stream-supervisor/streams.db`, or under `~/.local/state`."""
+    state = environ.get("XDG_STATE_HOME", "")
+    # https://specifications.freedesktop.org/basedir-spec: a relative path is invalid and ignored
+    base = Path(state) if state.startswith("/") else Path.home() / ".local" / "state"
+    return base / "stream-supervisor" / "streams.db"
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike[str]) -> Config:
+    """Read a configuration file. Raises ConfigurationError, which names the file."""
+    name = os.fspath(path)
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(_MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigurationError("config", name, f"a TOML file that can be read ({_why(error)})") from None
+    if len(data) > _MAX_FILE_BYTES:
+        raise ConfigurationError("config", name, f"a file of at most {_MAX_FILE_BYTES} bytes")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            "config", name, f"a TOML file in UTF-8 (byte {error.start} is not)"
+        ) from None
+    return parse(text, source=name)
+
+
+def parse(text: str, *, source: str = "configuration") -> Config:
+    """Read a configuration from TOML. `source` names it in errors. Raises ConfigurationError."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(source, _Hidden("the file"), f"TOML: {error}") from None
+    except RecursionError:
+        raise ConfigurationError(source, _Hidden("the file"), "TOML that is nested less deeply") from None
+    top = _Where(source, ())
+    tables: dict[str, Any] = {}
+    hints = typing.get_type_hints(Config)
+    known = [field.name for field in attrs.fields(Config) if field.name != "source"]
+    for key, value in document.items():
+        if key not in known:
+            raise top.unknown(key, known)
+        if key != "upstreams":
+            tables[key] = _converted(value, hints[key], top, key)
+    defaults = Config(**tables)
+    upstreams = _upstreams(document.get("upstreams", {}), top.table("upstreams"), defaults)
+    return attrs.evolve(defaults, upstreams=upstreams, source=source)
+
+
+@attrs.frozen
+class _Where:
+    """A table of a file, to be named in errors."""
+
+    source: str
+    path: tuple[str, ...]
+
+    def table(self, key: str) -> _Where:
+        return _Where(self.source, (*self.path, key))
+
+    def field(self, key: str) -> str:
+        table = f" [{'.'.join(self.path)}]" if self.path else ""
+        return f"{self.source}:{table} {key}"
+
+    def error(self, key: str, value: object, expected: str) -> ConfigurationError:
+        hidden = bool(_SECRET_KEY.search(key)) and isinstance(value, str)
+        return ConfigurationError(self.field(key), _Hidden() if hidden else value, expected)
+
+    def refused(self, error: ConfigurationError) -> ConfigurationError:
+        """Return an error of a table's class as one of this file; the class names the field in its own way."""
+        key = error.field.rpartition(": ")[2]
+        first, dot, rest = key.partition(".")
+        if dot and (first == self.path[-1] or first[0].isupper()):  # the table's own name, or its class's
+            key = rest
+        return self.error(_FIELD_KEYS.get(key, key), error.value, error.expected)
+
+    def unknown(self, key: str, known: Sequence[str], *, hint: str = "") -> ConfigurationError:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        meant = f"{near[0]!r} (the nearest key here), or another of: " if near else "one of: "
+        return ConfigurationError(
+            self.field("key").rstrip(), key, hint or f"{meant}{', '.join(sorted(known))}"
+        )
+
+
+def _read(cls: type[_T], value: object, where: _Where, **extra: Any) -> _T:
+    """Read one table into its class."""
+    if not isinstance(value, dict):
+        raise ConfigurationError(
+            f"{where.source}: {'.'.join(where.path)}", value, f"a table, [{'.'.join(where.path)}]"
+        )
+    hints = typing.get_type_hints(cls)
+    known = [field.name for field in attrs.fields(cls) if field.init]  # type: ignore[arg-type]  # every table is attrs
+    options: dict[str, Any] = {}
+    for key, given in value.items():
+        if key not in known:
+            raise where.unknown(key, known)
+        options[key] = _converted(given, hints[key], where, key)
+    try:
+        return cls(**options, **extra)
+    except ConfigurationError as error:
+        raise where.refused(error) from None
+
+
+def _converted(value: object, hint: Any, where: _Where, key: str) -> Any:
+    """Convert a TOML value to the type of a field, strictly: no numbers from strings, no truth from numbers."""
+    optional = type(None) in get_args(hint) and get_origin(hint) in {typing.Union, types.UnionType}
+    if optional:
+        if value == "none":
+            return None
+        (hint,) = (arg for arg in get_args(hint) if arg is not type(None))
+    if attrs.has(hint):
+        return _read(hint, value, where.table(key))
+    expected = _described(hint) + (' or "none"' if optional else "")
+    if hint is Path:
+        if not isinstance(value, str) or not value:
+            raise where.error(key, value, expected)
+        return Path(value).expanduser()
+    try:
+        return msgspec.convert(value, hint)
+    except msgspec.ValidationError:
+        raise where.error(key, value, expected) from None
+
+
+def _described(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(repr, get_args(hint)))}"
+    if get_origin(hint) in {tuple, frozenset}:
+        return "an array of strings" if get_args(hint)[0] is str else "an array of whole numbers"
+    words = {
+        int: "a whole number",
+        float: "a number",
+        str: "a string",
+        bool: "true or false",
+        Path: "the path of a file",
+    }
+    return words.get(hint, str(hint))
+
+
+# --- upstreams -------------------------------------------------------------------------------------------------------
+
+_FIELD_KEYS = {
+    "credential.env": "api_key_env",
+    "credential.file": "api_key_file",
+    "credential.header": "api_key_header",
+}
+"""Fields of classes that have another name in the file."""
+
+_UPSTREAM_KEYS = {
+    "dialect": str,
+    "base_url": str,
+    "path": str,
+    "api_key_env": str,
+    "api_key_file": Path,
+    "api_key_header": str,
+    "proxy": str,
+    "headers": dict,
+    "deadlines": Deadlines,
+    "retry": RetryPolicy,
+}
+
+
+def _upstreams(value: object, where: _Where, defaults: Config) -> tuple[Upstream, ...]:
+    if not isinstance(value, dict):
+        raise ConfigurationError(f"{where.source}: upstreams", value, "tables, [upstreams.NAME]")
+    return tuple(_upstream(name, table, where.table(name), defaults) for name, table in value.items())
+
+
+def _upstream(name: str, value: object, where: _Where, defaults: Config) -> Upstream:
+    if not _UPSTREAM_NAME.fullmatch(name):
+        raise ConfigurationError(
+            f"{where.source}: [upstreams]", name, "a name of 1 to 64 letters, digits, '.', '_' and '-'"
+        )
+    if not isinstance(value, dict):
+        raise ConfigurationError(
+            f"{where.source}: upstreams.{name}", _Hidden(), f"a table, [upstreams.{name}]"
+        )
+    options: dict[str, Any] = {}
+    for key, given in value.items():
+        if key not in _UPSTREAM_KEYS:
+            advice = "api_key_env (the name of an environment variable) or api_key_file: a secret is not written here"
+            raise where.unknown(key, list(_UPSTREAM_KEYS), hint=advice if _SECRET_KEY.search(key) else "")
+        if key == "headers":
+            options[key] = _headers(given, where.table("headers"))
+        elif key == "deadlines":
+            options[key] = _merged(defaults.deadlines, given, where.table(key))
+        elif key == "retry":
+            options[key] = _merged(defaults.retry, given, where.table(key))
+        else:
+            options[key] = _converted(given, _UPSTREAM_KEYS[key], where, key)
+    if "base_url" not in options:
+        raise where.error("base_url", None, "the provider's base URL, such as 'https://api.openai.com/v1'")
+    options.setdefault("retry", defaults.retry)
+    env, file = options.pop("api_key_env", None), options.pop("api_key_file", None)
+    header = options.pop("api_key_header", None)
+    if env is not None and file is not None:
+        raise where.error("api_key_file", str(file), "only one of api_key_env and api_key_file")
+    if header is not None and env is None and file is None:
+        raise where.error("api_key_header", header, "api_key_env or api_key_file beside it")
+    try:
+        if env is not None:
+            options["credential"] = Credential.from_env(env, header=header or "bearer")
+        elif file is not None:
+            options["credential"] = Credential.from_file(file, header=header or "bearer")
+        return Upstream(name=name, **options)
+    except ConfigurationError as error:
+        raise where.refused(error) from None
+
+
+def _merged(default: _T, value: object, where: _Where) -> _T:
+    """Read a table whose keys that are not given are those of `default`."""
+    given = _read(type(default), value, where)
+    assert isinstance(value, dict), "_read has checked it"
+    return attrs.evolve(default, **{key: getattr(given, key) for key in value})  # type: ignore[misc]  # every table is attrs
+
+
+def _headers(value: object, where: _Where) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise ConfigurationError(where.field("headers"), _Hidden(), "a table of strings")
+    for name, text in value.items():
+        if not isinstance(text, str):
+            raise ConfigurationError(where.field(name), _Hidden(), "a string")
+    return dict(value)
+
+
+def _why(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else "it is not text"

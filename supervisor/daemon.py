@@ -1,0 +1,296 @@
+"""The daemon: a supervisor, its store, its upstreams and the control channel, from start to an orderly end.
+
+**Ending.** SIGTERM or a first SIGINT begins the end: nothing new is started, live streams go on for `shutdown.grace_s`, those
+still live then are cancelled as `cancelled(shutdown)`, and the daemon leaves once every outcome is durable. Clients stay
+connected meanwhile and see their streams end. A SIGINT while that goes on cuts the grace short: the rest is cancelled at
+once. One more after that ends the process on the spot, as a crash would, which the store is built to survive.
+`supervisor.shutdown` of the control channel is the same as the first signal, with the grace that it names.
+
+**Nesting.** Signals are received outermost, so that they count from the first moment; then the supervisor with its store;
+then, in a nursery that is cancelled once all streams have settled, the listener and the housekeeping. The listener goes
+before the store does: no request can find a store that is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+import attrs
+import trio
+
+from supervisor.config import Config, RetentionConfig
+from supervisor.control.messages import ShutdownParams, StartParams
+from supervisor.control.server import ControlServer, Resolved
+from supervisor.errors import ConfigurationError, StoreError
+from supervisor.logs import ReopeningHandler
+from supervisor.stores.base import Store
+from supervisor.streams import Supervisor, open_supervisor
+from supervisor.upstream.transport import StreamTransport
+from supervisor.version import version
+
+__all__ = ["ABORTED", "Ready", "run"]
+
+_log = logging.getLogger("supervisor.daemon")
+
+ABORTED = 130
+"""The exit code after a second SIGINT: 128 + SIGINT, as shells have it."""
+
+_PRUNE = 500
+_WANTED_FILES = 65_536
+
+
+@attrs.frozen(kw_only=True)
+class Ready:
+    """What a daemon that has just become ready says of itself."""
+
+    url: str
+    pid: int
+    version: str
+    store: str
+    upstreams: tuple[str, ...]
+    token_required: bool
+
+
+@attrs.define(eq=False)
+class _Ending:
+    """The request to end, and how urgent it is."""
+
+    grace_s: float
+    actor: str = ""
+    requested: trio.Event = attrs.field(factory=trio.Event)
+    starting: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    """Holds everything until the daemon is ready: to end before that is simply not to start."""
+    started: bool = False
+    grace: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    aborted: bool = False
+
+    def request(self, actor: str, grace_s: float | None = None) -> None:
+        """Begin the end; asked again, a shorter grace holds."""
+        if not self.requested.is_set():
+            self.actor = actor
+            self.grace_s = self.grace_s if grace_s is None else grace_s
+            self.requested.set()
+            if not self.started:
+                self.starting.cancel(reason=f"{actor} before the daemon was ready")
+        elif grace_s is not None:
+            self.grace.deadline = min(self.grace.deadline, trio.current_time() + grace_s)
+
+    def abort(self) -> None:
+        """Cut the grace short."""
+        self.aborted = True
+        self.grace.cancel(reason="a second interrupt")
+
+
+async def run(
+    config: Config,
+    *,
+    environ: Mapping[str, str] | None = None,
+    ready: Callable[[Ready], None] = lambda _: None,
+    log: logging.Handler | None = None,
+) -> int:
+    """Run a daemon until it is told to end; return the exit code: 0, or `ABORTED` after a second SIGINT.
+
+    `ready` is called once clients can connect; `log` is reopened on SIGHUP. Raises ConfigurationError for what cannot be
+    used, StoreError if the store cannot be opened, OSError if it cannot listen. A cancel ends it as an exception in
+    `open_supervisor`'s block does: live streams are `cancelled(shutdown)`.
+    """
+    daemon = _Daemon(config, os.environ if environ is None else environ, ready)
+    ending = daemon.ending
+    try:
+        with _receiving() as signals:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_obey, signals, ending, log, name="signals")
+                with ending.starting:
+                    await daemon.run()
+                nursery.cancel_scope.cancel(reason="the daemon has ended")
+    except BaseExceptionGroup as group:
+        raise _first(group) from None
+    _log.info("stopped%s", " by an abort" if ending.aborted else "")
+    return ABORTED if ending.aborted else 0
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+
+def _receiving() -> contextlib.AbstractContextManager[AsyncIterator[int]]:
+    return trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+async def _obey(signals: AsyncIterator[int], ending: _Ending, log: logging.Handler | None) -> None:
+    """Do what the signals say, until cancelled."""
+    async for number in signals:
+        name = signal.Signals(number).name
+        if number == signal.SIGHUP:
+            _reopen(log)
+        elif not ending.requested.is_set():
+            _log.info("%s: draining for at most %g s; SIGINT cuts that short", name, ending.grace_s)
+            ending.request(name)
+        elif number == signal.SIGINT and not ending.aborted:
+            _log.warning("%s again: cancelling what is still live", name)
+            ending.abort()
+        elif number == signal.SIGINT:
+            _log.critical(
+                "%s once more: leaving on the spot; a restart will find live streams interrupted", name
+            )
+            logging.shutdown()
+            os._exit(ABORTED)
+
+
+def _reopen(log: logging.Handler | None) -> None:
+    if not isinstance(log, ReopeningHandler):
+        _log.info("SIGHUP: the log is not a file; nothing to reopen")
+        return
+    try:
+        log.reopen()
+    except OSError as error:
+        _log.error("SIGHUP: the log could not be reopened, the old one stays: %s", error)
+    else:
+        _log.info("SIGHUP: the log was reopened")
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+class _Daemon:
+    """One run."""
+
+    def __init__(self, config: Config, environ: Mapping[str, str], ready: Callable[[Ready], None]) -> None:
+        self._config = config
+        self._ready = ready
+        self._upstreams = config.all_upstreams(environ)
+        self._token = config.control.token.read(environ)
+        self._path = config.store.located(environ)
+        self._store = config.store.open(environ)
+        self._transport = StreamTransport()
+        self.ending = _Ending(config.shutdown.grace_s)
+
+    async def run(self) -> None:
+        """Open everything, serve until told to end, and wind down."""
+        _raise_file_limit()
+        config = self._config
+        async with (
+            contextlib.aclosing(self._transport),
+            open_supervisor(
+                store=self._store, limits=config.limits, deadlines=config.deadlines, memory=config.memory
+            ) as supervisor,
+            trio.open_nursery() as nursery,
+        ):
+            control = config.control
+            server = ControlServer(
+                supervisor,
+                resolve=self.resolve,
+                on_shutdown=self._shutdown_asked,
+                token=self._token,
+                origins=control.origins,
+                limits=control.limits,
+            )
+            ports: tuple[int, ...] = await nursery.start(server.run, control.host, control.port)
+            nursery.start_soon(_retain, self._store, config.retention, name="retention")
+            self.ending.started = True
+            self._announce(ports[0])
+            await self.ending.requested.wait()
+            await self._wind_down(supervisor)
+            nursery.cancel_scope.cancel(reason="all streams have settled")
+
+    def _announce(self, port: int) -> None:
+        host = self._config.control.host
+        ready = Ready(
+            url=f"ws://{f'[{host}]' if ':' in host else host}:{port}",
+            pid=os.getpid(),
+            version=version(),
+            store=self._path,
+            upstreams=tuple(sorted(self._upstreams)),
+            token_required=self._token is not None,
+        )
+        _log.info(
+            "listening on %s; store %s; upstreams: %s",
+            ready.url,
+            ready.store,
+            ", ".join(ready.upstreams) or "none",
+        )
+        self._ready(ready)
+
+    async def _wind_down(self, supervisor: Supervisor) -> None:
+        grace = self.ending.grace
+        grace.deadline = min(grace.deadline, trio.current_time() + self.ending.grace_s)
+        with grace:
+            await supervisor.drain()
+        live = supervisor.statistics().live
+        if live:
+            _log.warning("%d streams are still live and will be cancelled", live)
+        await supervisor.shutdown(actor=self.ending.actor)
+
+    def _shutdown_asked(self, params: ShutdownParams) -> None:
+        self.ending.request("control", params.grace_s)
+        _log.info(
+            "shutdown was asked for over the control channel; draining for at most %g s", self.ending.grace_s
+        )
+
+    def resolve(self, params: StartParams) -> Resolved:
+        """Turn a start request into a source. Raises ConfigurationError."""
+        upstream = self._upstreams.get(params.upstream)
+        if upstream is None:
+            known = (
+                ", ".join(sorted(self._upstreams))
+                or "none is configured, and no API key is in the environment"
+            )
+            raise ConfigurationError("upstream", params.upstream, f"a configured upstream: {known}")
+        retry: dict[str, Any] = {**params.retry.given()}
+        source = upstream.source(
+            params.request,
+            transport=self._transport,
+            retry=attrs.evolve(upstream.retry, **retry),
+        )
+        model = params.request.get("model")
+        return Resolved(
+            source=source,
+            deadlines=upstream.deadlines,
+            meta={"model": model} if isinstance(model, str) else {},
+        )
+
+
+async def _retain(store: Store, policy: RetentionConfig) -> None:
+    """Remove from the store what retention no longer keeps, until cancelled."""
+    if policy.max_age_s is None and policy.max_ended is None:
+        return
+    while True:
+        try:
+            before = None if policy.max_age_s is None else time.time() - policy.max_age_s
+            removed = await store.prune(ended_before=before, keep=policy.max_ended, limit=_PRUNE)
+        except StoreError as error:
+            _log.error("retention: %s", error)
+            removed = 0
+        if removed:
+            _log.debug("retention: removed %d ended streams", removed)
+        if removed < _PRUNE:
+            await trio.sleep(policy.sweep_every_s)
+
+
+def _raise_file_limit() -> None:
+    """Ask for as many open files as this process may have: every live stream has a socket."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _WANTED_FILES if hard == resource.RLIM_INFINITY else min(_WANTED_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the exception that a group is about: the one that is not a consequence."""
+    leaves: list[BaseException] = []
+    pending: list[BaseException] = [group]
+    while pending:
+        error = pending.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            pending.extend(error.exceptions)
+        else:
+            leaves.append(error)
+    real = [leaf for leaf in leaves if not isinstance(leaf, trio.Cancelled)]
+    return (real or leaves)[0]
