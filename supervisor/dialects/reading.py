@@ -170,7 +170,7 @@ class BodyReader:
         try:
             events = decoder.feed(body)
         except RemoteProtocolError as exc:
-            self._sink.fail("protocol", Fault(kind="protocol", message=str(exc)))
+            self._fail("protocol", Fault(kind="protocol", message=str(exc)))
             return
         if len(decoder.stray) != self._seen_stray:
             self._look_at_stray()
@@ -181,9 +181,9 @@ class BodyReader:
             self._seen_comments = decoder.comments
             self._sink.touch()
         if self._stray_fault is not None:
-            self._sink.fail("provider_error", self._stray_fault)
+            self._fail("provider_error", self._stray_fault)
         elif decoder.fault is not None:
-            self._sink.fail("protocol", Fault(kind="protocol", message=str(decoder.fault)))
+            self._fail("protocol", Fault(kind="protocol", message=str(decoder.fault)))
 
     def end(self, *, clean: bool, cause: str = "") -> None:
         """Say that the body has ended (`clean`: its framing was complete), or that the connection died of `cause`.
@@ -204,20 +204,20 @@ class BodyReader:
         if bare and self._read_bare(bare):
             return
         if fault := _stray_fault(self._decoder.stray, whole=True):
-            self._sink.fail("provider_error", fault)
+            self._fail("provider_error", fault)
         elif (reason := self._reader.ending()) is not None:
             self._sink.complete(reason)
         elif clean and bare and not bare.startswith(_FIELDS) and self._never_a_stream():
             what = f"{self._content_type}; it begins: " if self._content_type else "it begins: "
             message = f"the body is not a stream of {self._dialect.name} events ({what}{shown(bare, 200)!r})"
-            self._sink.fail("protocol", Fault(kind="protocol", message=message))
+            self._fail("protocol", Fault(kind="protocol", message=message))
         else:
             message = (
                 "the body ended before the answer did" if clean else "the connection was lost in the middle"
             )
             if cause:
                 message = f"{message}: {cause}"
-            self._sink.fail("truncated", Fault(kind="truncated", message=message, temporary=True))
+            self._fail("truncated", Fault(kind="truncated", message=message, temporary=True))
 
     # --- events ---
 
@@ -246,12 +246,12 @@ class BodyReader:
         """Act on an event that says something of how the answer ends."""
         for delta in deltas:
             if delta.fault is not None:
-                self._sink.fail("provider_error", delta.fault)
+                self._fail("provider_error", delta.fault)
                 return
         reason = self._reader.ending()
         if any(delta.terminal for delta in deltas):
             self.terminal = True
-            if self._stray_fault is None:
+            if self._stray_fault is None and not self._sink.sealed:
                 self._sink.complete(reason or "done")
         elif reason is not None and not self._marked and not self._sink.sealed:
             self._marked = True
@@ -262,7 +262,12 @@ class BodyReader:
         self._sink.skip(data, why)
         if self.skipped > self._max_unparseable:
             message = f"{self.skipped} events could not be read (max_unparseable is {self._max_unparseable}); the last: {why}"
-            self._sink.fail("protocol", Fault(kind="protocol", message=message))
+            self._fail("protocol", Fault(kind="protocol", message=message))
+
+    def _fail(self, reason: str, fault: Fault) -> None:
+        # The sink of an attempt holds failures back, and must hear only the first.
+        if not self._sink.sealed:
+            self._sink.fail(reason, fault)
 
     # --- what is not a stream ---
 
@@ -288,7 +293,7 @@ class BodyReader:
         if any(delta.fault is not None or delta.finish_reason is not None for delta in deltas):
             self._take_one(bare, deltas)
         elif (fault := find_fault(_json(bare), lenient=True)) is not None:
-            self._sink.fail("provider_error", fault)
+            self._fail("provider_error", fault)
         return self._sink.sealed
 
     def _take_one(self, data: bytes, deltas: tuple[Delta, ...], name: str = "") -> None:

@@ -88,8 +88,7 @@ class RecordingSink:
         return self._seal("failed", reason, fault)
 
     def _seal(self, state: str, reason: str, fault: Fault | None) -> bool:
-        if self.sealed:
-            return False
+        assert not self.sealed
         self.state, self.reason, self.fault = state, reason, fault
         return True
 

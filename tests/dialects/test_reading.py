@@ -52,6 +52,13 @@ def test_a_seal_by_the_event_that_ends_the_answer_stands() -> None:
         assert (sink.ending, sink.marks) == (("expired", "reaped_bytes"), [])
 
 
+def test_only_the_first_failure_is_told() -> None:
+    """An error, then another outside of events and an oversized line, all in one read, are one failure: the first."""
+    sink = read(event({"error": "first"}) + b"error: second\n\n" + b"x" * 2000, max_line_bytes=1000)
+    assert sink.fault is not None
+    assert sink.fault.message == "first"
+
+
 def test_the_end_marker_completes_at_once() -> None:
     """[DONE] seals without waiting for the body to end; a finish reason only marks, once."""
     sink = RecordingSink()
