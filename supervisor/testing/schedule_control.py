@@ -48,7 +48,7 @@ from supervisor.testing.schedule_errors import DeadlockError, LivelockError, Ste
 
 __all__ = ["Control", "OutOfTimeError", "Ran", "check_trio", "short_name"]
 
-WIND_DOWN_STEPS = 20_000
+WIND_DOWN_STEPS = 10_000
 """The steps a program gets for its cleanup at each stage of winding down."""
 FOREVER_S = 3600.0
 """A wait for I/O this long, by the real clock, with no I/O to wait for, is never meant."""
@@ -117,7 +117,10 @@ class Control(trio.abc.Instrument):
     _abandoned: list[Any] | None = attrs.field(default=None, init=False)
 
     def run(self, *, clock: trio.abc.Clock | None, instruments: Sequence[trio.abc.Instrument] = ()) -> Ran:
-        """Run the program. Raises nothing of the program's; an error from before its first step passes through."""
+        """Run the program; what it raises is part of the result.
+
+        An error from before its first step passes through, and so does KeyboardInterrupt while it is wound down.
+        """
         self._limit = self.max_steps
         value: Any = None
         error: BaseException | None = None
@@ -126,11 +129,13 @@ class Control(trio.abc.Instrument):
                 value = trio.run(self._main(), clock=clock, instruments=[*instruments, self])
             except BaseException as exc:  # noqa: BLE001  # whatever the program raises is a result here
                 error = exc
-        if error is not None and not self.steps:
+        if error is not None and (
+            not self.steps or (self._stopped_by is not None and isinstance(error, KeyboardInterrupt))
+        ):
             raise error
         if self._abandoned is not None:
             _close(self._abandoned)
-        if self._stopped_by is not None and not isinstance(error, KeyboardInterrupt):
+        if self._stopped_by is not None:
             error = None
         return Ran(
             value=value,

@@ -312,21 +312,16 @@ class Explorer:
             again = self._replay(order)
             return _kind(again.error or again.stopped_by) == kind
 
-        order = trimmed(ran.choices)
-        if not fails(order):
-            raise NondeterminismError(
-                f"the program failed with schedule {list(order)}, and did not when that was replayed"
-            ) from failure
-        order = _minimised(order, fails)
+        order = _minimised(trimmed(ran.choices), fails)
         last = self._replay(order, tracing=True)
-        failure = last.error or last.stopped_by
-        if failure is None:
+        again = last.error or last.stopped_by
+        if again is None or _kind(again) != kind:
             raise NondeterminismError(
-                f"the program failed with schedule {list(order)}, and did not when that was replayed"
-            )
+                f"the program failed with schedule {list(order)}, and not in that way when it was replayed"
+            ) from failure
         raise ScheduleFailure(
-            _named(self.async_fn), failure, schedule=list(order), trace=last.trace, runs=self.runs
-        ) from failure
+            _named(self.async_fn), again, schedule=list(order), trace=last.trace, runs=self.runs
+        ) from again
 
     def _replay(self, order: Order, *, tracing: bool = False) -> Ran:
         control = Control(
@@ -358,13 +353,15 @@ def _minimised(order: Order, fails: Callable[[Order], bool]) -> Order:
     while better:
         better = False
         for index in reversed(range(len(order))):
-            if index >= len(order):
+            if index >= len(order) or not order[index]:
                 continue
-            choice = order[index]
+            before, choice, after = order[:index], order[index], order[index + 1 :]
+            zeros = index - len(trimmed(before))
             candidates = [
-                (*order[:index], 0, *order[index + 1 :]),
-                (*order[:index], *order[index + 1 :]),
-                *((*order[:index], lower, *order[index + 1 :]) for lower in range(1, choice)),
+                (*before, 0, *after),
+                (*before, *after),
+                *((*before[: index - fewer], choice, *after) for fewer in _halvings(zeros)),
+                *((*before, lower, *after) for lower in range(1, choice)),
             ]
             for candidate in map(trimmed, candidates):
                 if candidate != order and fails(candidate):
@@ -372,6 +369,15 @@ def _minimised(order: Order, fails: Callable[[Order], bool]) -> Order:
                     better = True
                     break
     return order
+
+
+def _halvings(number: int) -> list[int]:
+    """Return 1 to 4, and the number with its halves, its quarters and so on, as far as they are not above it; falling."""
+    found = {small for small in range(1, 5) if small <= number}
+    while number:
+        found.add(number)
+        number //= 2
+    return sorted(found, reverse=True)
 
 
 def trimmed(order: Order) -> Order:

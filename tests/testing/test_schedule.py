@@ -6,6 +6,7 @@ import contextlib
 import math
 import pickle
 import random
+import socket
 
 import pytest
 import trio
@@ -80,8 +81,8 @@ async def lost_wakeup():
         nursery.start_soon(ringer)
 
 
-async def third_first():
-    """Fails if the third of three tasks is first in the second batch, and the second one first in the third."""
+async def three_tasks():
+    """Three tasks that log their names in each of four batches."""
     log = []
 
     async def worker(name):
@@ -92,6 +93,12 @@ async def third_first():
     async with trio.open_nursery() as nursery:
         for name in "abc":
             nursery.start_soon(worker, name)
+    return log
+
+
+async def third_first():
+    """Fails if the third of three tasks is first in the second batch, and the second one first in the third."""
+    log = await three_tasks()
     assert not (log[3] == "c" and log[6] == "b"), log
 
 
@@ -150,19 +157,50 @@ def test_a_deadlock_is_found_under_every_clock(clock):
 
 
 def test_a_deadlock_behind_a_shield_ends():
-    """A program blocked where cancellation cannot reach is reported as well, and leaves nothing running."""
+    """A program blocked where cancellation cannot reach is reported as well, and gets its Cancelled all the same."""
 
     async def shielded():
         try:
             with trio.CancelScope(shield=True):
                 await trio.sleep_forever()
-        finally:
-            left.append(True)
+        except trio.Cancelled:
+            left.append("cancelled")
+            raise
 
     left = []
     with pytest.raises(DeadlockError):
         run(shielded)
-    assert left == [True]
+    assert left == ["cancelled"]
+
+
+def test_a_stopped_program_can_clean_up():
+    """Cleanup behind a shield, with time of its own, is let finish before the run ends."""
+
+    async def tidy():
+        try:
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(5)
+                cleaned.append(trio.current_time())
+
+    cleaned = []
+    with pytest.raises(DeadlockError):
+        run(tidy)
+    assert cleaned == [5]
+
+
+def test_an_interrupt_during_cleanup_is_not_lost():
+    """Ctrl-C that arrives while a stopped program cleans up ends the exploration."""
+
+    async def interrupted():
+        try:
+            await trio.sleep_forever()
+        except trio.Cancelled:
+            raise KeyboardInterrupt from None
+
+    with pytest.raises(KeyboardInterrupt):
+        explore(interrupted)
 
 
 def test_what_may_still_wake_up_is_no_deadlock():
@@ -177,19 +215,46 @@ def test_what_may_still_wake_up_is_no_deadlock():
     assert run(waits) == 80_000
 
 
+class AfterIdleness(trio.abc.Instrument):
+    """Does something when the loop has found nothing to run for so many rounds."""
+
+    def __init__(self, rounds, act):
+        self.left = rounds
+        self.act = act
+
+    def before_io_wait(self, timeout):
+        if not trio.lowlevel.current_statistics().tasks_runnable:
+            self.left -= 1
+            if not self.left:
+                self.act()
+
+
 def test_waiting_for_a_socket_is_no_deadlock():
     """A task that waits for a socket may be woken from outside, so the run goes on until it is."""
+    left, right = socket.socketpair()
 
     async def asks():
-        left, right = trio.socket.socketpair()
-        with left, right:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(left.recv, 1)
-                for _ in range(20):
-                    await trio.testing.wait_all_tasks_blocked()
-                await right.send(b"x")
+        await trio.lowlevel.wait_readable(left)
+        return left.recv(1)
 
-    run(asks)
+    with left, right:
+        assert run(asks, instruments=[AfterIdleness(20, lambda: right.send(b"x"))]) == b"x"
+
+
+def test_waking_a_task_from_an_instrument_is_no_deadlock():
+    """A loop that has been given something to run in the last moment is not at its end."""
+    scopes = []
+
+    async def waits():
+        with trio.CancelScope() as scope:
+            scopes.append(scope)
+            await trio.sleep_forever()
+        return scope.cancelled_caught
+
+    def cancel():
+        scopes[0].cancel()
+
+    assert run(waits, instruments=[AfterIdleness(2, cancel)]) is True
 
 
 def test_finds_an_endless_loop():
@@ -247,12 +312,18 @@ def test_what_is_not_a_failure_passes_through():
 
 
 def test_a_failing_order_is_made_short():
-    """Depth first meets long orders first; what is shown is short all the same, and fails as it did."""
+    """Depth first meets the failure at the end of a run; what is shown is its earliest and shortest form."""
+
+    async def somewhere():
+        log = await three_tasks()
+        firsts = log[0::3]
+        assert "cb" not in "".join(firsts), log
+
     with pytest.raises(ScheduleFailure) as caught:
-        explore(third_first, search="depth-first")
-    assert caught.value.schedule == [0, 0, 2, 0, 1]
+        explore(somewhere, search="depth-first")
+    assert caught.value.schedule == [2, 0, 1]
     with pytest.raises(AssertionError):
-        run(third_first, schedule=caught.value.schedule)
+        run(somewhere, schedule=caught.value.schedule)
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------
@@ -520,7 +591,7 @@ def test_a_failure_that_does_not_come_again_is_found():
         await side_by_side(2, 1)
         assert len(runs) != 3
 
-    with pytest.raises(NondeterminismError, match="did not when that was replayed"):
+    with pytest.raises(NondeterminismError, match="not in that way when it was replayed"):
         explore(program)
 
 
@@ -530,7 +601,13 @@ def test_a_failure_that_does_not_come_again_is_found():
 def test_hypothesis_finds_and_shrinks():
     """Hypothesis draws the order, finds a race of two deviations and shrinks it to the smallest schedule."""
 
-    @settings(max_examples=400, database=None, derandomize=True, phases=[Phase.generate, Phase.shrink])
+    @settings(
+        max_examples=400,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate, Phase.shrink],
+    )
     @given(st.data())
     def race(data):
         run_drawn(third_first, draw=data)
@@ -598,13 +675,13 @@ async def counting(world, workers, rounds, fails_at=None):
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_repeated_states_are_cut_off(search):
-    """By hand: 5 other orders in each of 3 batches of three; 3 in the last, whose ended tasks do not differ; and 1."""
+    """By hand: 5 other orders in each of 2 batches of three; 3 in the last, whose ended tasks do not differ; and 1."""
     world = {}
-    seen = explore(counting, world, 3, 3, state=lambda: world["done"], search=search)
-    assert seen.runs == 1 + 3 * 5 + 3
+    seen = explore(counting, world, 3, 2, state=lambda: world["done"], search=search)
+    assert seen.runs == 1 + 2 * 5 + 3
     assert seen.exhaustive
     assert "cut off at a repeated state" in str(seen)
-    assert explore(counting, world, 3, 3, search=search).runs == 6**4
+    assert explore(counting, world, 3, 2, search=search).runs == 6**3
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -668,23 +745,100 @@ def test_the_order_of_waiting_tells_states_apart():
 
     async def program():
         lock = trio.Lock()
-        lock.acquire_nowait()
         log = []
 
         async def waiting(name):
             async with lock:
                 log.append(name)
 
-        async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as nursery, lock:
             nursery.start_soon(waiting, 1, name="one")
             nursery.start_soon(waiting, 2, name="two")
-            for _ in range(3):
-                await trio.lowlevel.checkpoint()
-            lock.release()
+            await side_by_side(2, 2)
         first.add(log[0])
 
     explore(program, state=lambda: None)
-    assert {1, 2} == first
+    assert first == {1, 2}
+
+
+OPERATIONS = [
+    "yield",
+    "sleep",
+    "set",
+    "wait",
+    "lock",
+    "unlock",
+    "send",
+    "receive",
+    "raise flag",
+    "if flag",
+    "log",
+    "log",
+]
+
+
+@settings(max_examples=100, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
+@given(
+    st.lists(st.lists(st.sampled_from(OPERATIONS), min_size=2, max_size=6), min_size=2, max_size=3),
+    st.sampled_from(SEARCHES),
+    st.integers(1, 2),
+)
+def test_cutting_off_loses_no_outcome_of_any_program(scripts, search, most):
+    """Of small programs made at random, the same outcomes are seen with and without cutting off, under a bound."""
+    outcomes = {True: set(), False: set()}
+    world = {}
+
+    async def program(cutting):
+        event, lock = trio.Event(), trio.Lock()
+        send, receive = trio.open_memory_channel(0)
+        log = world["log"] = []
+        world["flag"] = False
+
+        async def actor(name, script):
+            for operation in script:
+                match operation:
+                    case "yield":
+                        await trio.lowlevel.checkpoint()
+                    case "sleep":
+                        await trio.sleep(1)
+                    case "set":
+                        event.set()
+                    case "wait":
+                        await event.wait()
+                    case "lock" if lock.statistics().owner is not trio.lowlevel.current_task():
+                        await lock.acquire()
+                    case "unlock" if lock.statistics().owner is trio.lowlevel.current_task():
+                        lock.release()
+                    case "send":
+                        await send.send(name)
+                    case "receive":
+                        log.append((name, await receive.receive()))
+                    case "raise flag":
+                        world["flag"] = True
+                    case "if flag" if world["flag"]:
+                        await trio.lowlevel.checkpoint()
+                    case "log":
+                        log.append(name)
+            if lock.statistics().owner is trio.lowlevel.current_task():
+                lock.release()
+
+        with trio.move_on_after(10):
+            async with trio.open_nursery() as nursery:
+                for name, script in enumerate(scripts):
+                    nursery.start_soon(actor, name, script, name=f"actor {name}")
+        outcomes[cutting].add(tuple(log))
+
+    async def cut():
+        await program(True)
+
+    async def whole():
+        await program(False)
+
+    bounds = Bounds(max_preemptions=most)
+    every = explore(whole, search=search, bounds=bounds)
+    fewer = explore(cut, search=search, bounds=bounds, state=lambda: (tuple(world["log"]), world["flag"]))
+    assert fewer.runs <= every.runs
+    assert outcomes[True] == outcomes[False]
 
 
 def test_an_error_in_state_comes_out():

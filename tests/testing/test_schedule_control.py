@@ -12,7 +12,7 @@ import trio
 import trio.testing
 from trio._core import _run
 
-from supervisor.testing import ScheduleFailure, TrioChangedError, explore, run, schedule_control
+from supervisor.testing import ScheduleFailure, TrioChangedError, explore, run, run_drawn, schedule_control
 from supervisor.testing.schedule_control import check_trio, short_name
 
 
@@ -64,15 +64,28 @@ async def test_refuses_to_run_inside_trio(before):
     assert before == (_run._r, _run._ALLOW_DETERMINISTIC_SCHEDULING)
 
 
+async def three_side_by_side():
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(trio.lowlevel.checkpoint)
+
+
 def test_other_threads_are_left_alone(before):
     """A run in another thread during an exploration gets its own shuffling and ends as ever; two explorers do not mix."""
+    asked = set()
+    seen = []
+
+    def draw(_):
+        asked.add(threading.get_ident())
+        return 0
 
     async def program():
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(trio.to_thread.run_sync, trio.run, passes)
-            nursery.start_soon(trio.to_thread.run_sync, explore, passes)
+        await trio.to_thread.run_sync(trio.run, three_side_by_side)
+        seen.append(await trio.to_thread.run_sync(explore, three_side_by_side))
 
-    run(program)
+    run_drawn(program, draw=draw)
+    assert asked <= {threading.get_ident()}
+    assert seen[0].runs == 6 * 6
     assert before == (_run._r, _run._ALLOW_DETERMINISTIC_SCHEDULING)
 
 
