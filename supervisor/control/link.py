@@ -95,17 +95,21 @@ class GuardedStream(trio.abc.Stream):
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Return bytes that trio-websocket may see; b"" when there will be no more."""
         del max_bytes  # whole frames are passed on, whatever their size; it was judged before they were kept
-        while not self.over.is_set() and not (self._close_sent and self._scanner.close_received):
-            data = await self._read()
-            if not data:
-                break
-            try:
-                allowed = self._admit(data)
-            except FrameError as fault:
-                self.fault = fault
-                break
-            if allowed:
-                return allowed
+        try:
+            while not self.over.is_set() and not (self._close_sent and self._scanner.close_received):
+                data = await self._read()
+                if not data:
+                    break
+                try:
+                    allowed = self._admit(data)
+                except FrameError as fault:
+                    self.fault = fault
+                    break
+                if allowed:
+                    return allowed
+        except trio.Cancelled:
+            self.over.set()  # the reader task is ending: `shut` reads on in its place
+            raise
         self.over.set()
         return b""
 
@@ -238,6 +242,11 @@ class GuardedStream(trio.abc.Stream):
             if not data:
                 return
             left -= len(data)
+            if self.fault is None:
+                try:
+                    self._scanner.feed(data)
+                except FrameError as fault:
+                    self.fault = fault
 
 
 class Outbox:

@@ -308,8 +308,8 @@ def parse(text: str | bytes, *, max_batch: int) -> tuple[list[Call], bool]:
 
     Raises RpcError (`parse_error`, `invalid_request`) when the message as a whole cannot be answered call by call.
     """
-    data = text.encode() if isinstance(text, str) else text
     try:
+        data = text.encode() if isinstance(text, str) else text
         if data.lstrip(b" \t\r\n")[:1] != b"[":
             return [_call(data)], False
         items = _raw_list.decode(data)

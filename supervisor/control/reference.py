@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import inspect
 import itertools
 import sys
@@ -166,14 +167,20 @@ def _attribute_docs(kind: type[Any]) -> Mapping[str, str]:
     """Return the docstring below each attribute of a class and its bases."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
-        if not base.__module__.startswith("supervisor."):
-            continue
-        definition = ast.parse(inspect.getsource(base)).body[0]
-        assert isinstance(definition, ast.ClassDef), "the source of a class is a class"
-        for statement, after in itertools.pairwise(definition.body):
-            if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr):
-                text = ast.literal_eval(after.value)
-                found[ast.unparse(statement.target)] = " ".join(text.split())
+        if base.__module__.startswith("supervisor."):
+            found |= _module_docs(base.__module__).get(base.__name__, {})
+    return found
+
+
+@functools.cache
+def _module_docs(module: str) -> Mapping[str, Mapping[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for definition in ast.parse(inspect.getsource(sys.modules[module])).body:
+        if isinstance(definition, ast.ClassDef):
+            said = found[definition.name] = {}
+            for statement, after in itertools.pairwise(definition.body):
+                if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr):
+                    said[ast.unparse(statement.target)] = " ".join(ast.literal_eval(after.value).split())
     return found
 
 

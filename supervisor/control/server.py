@@ -23,7 +23,7 @@ import trio_websocket
 
 from supervisor.control.auth import Access, Token, require_safe_address
 from supervisor.control.link import NORMAL, GuardedStream, Link, LinkLimits
-from supervisor.control.messages import SUBPROTOCOL, CloseCode, ShutdownParams, StartParams
+from supervisor.control.messages import CLOSE_CODES, SUBPROTOCOL, CloseCode, ShutdownParams, StartParams
 from supervisor.control.session import Session, SessionLimits
 from supervisor.errors import AuthenticationError, ConfigurationError, ControlClosedError
 from supervisor.streams import Deadlines, Source, Supervisor
@@ -88,6 +88,7 @@ class ControlStatistics:
     failed_handshakes: int
     protocol_errors: int
     stalled: int
+    silent: int
     handler_errors: int
     crashes: int
 
@@ -102,6 +103,7 @@ class Counts:
     failed_handshakes: int = 0
     protocol_errors: int = 0
     stalled: int = 0
+    silent: int = 0
     handler_errors: int = 0
     """Requests that failed in a way nobody expected."""
     crashes: int = 0
@@ -195,8 +197,12 @@ class ControlServer(Host):
         try:
             await self._handle(guard)
         except* Exception as group:  # noqa: BLE001  # the boundary: one connection's error must not reach another
-            self.counts.crashes += 1
-            _log.error("a connection ended by an unexpected error", exc_info=group)
+            if guard in self.admitted:
+                self.counts.crashes += 1
+                _log.error("a connection ended by an unexpected error", exc_info=group)
+            else:  # wsproto and h11 raise all sorts of things for a handshake made to confuse them
+                self.counts.failed_handshakes += 1
+                _log.info("a handshake failed: %s", type(group.exceptions[0]).__name__)
         finally:
             self.admitted.discard(guard)
             await guard.shut(  # noqa: ASYNC102  # shields and bounds itself
@@ -229,12 +235,14 @@ class ControlServer(Host):
 
     def _ended(self, ending: ControlClosedError) -> tuple[int, str]:
         """Count how a connection ended; return what to close it with."""
+        if ending.code not in CLOSE_CODES:  # the client left
+            return NORMAL, ""
         if ending.code == CloseCode.STALLED:
             self.counts.stalled += 1
-        elif ending.code is not None and ending.code >= CloseCode.PROTOCOL_ERROR:
-            self.counts.protocol_errors += 1
+        elif ending.code == CloseCode.HEARTBEAT:
+            self.counts.silent += 1
         else:
-            return NORMAL, ""
+            self.counts.protocol_errors += 1
         _log.info("a connection was dropped: %s", ending)
         return ending.code, ending.reason
 

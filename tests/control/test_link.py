@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import pytest
+import trio
+import trio.testing
+
+from supervisor.control.frames import OP_PING, OP_TEXT, build_close, build_frame
+from supervisor.control.link import GuardedStream, LinkLimits, Outbox
+
+from .harness import handshake
+
+FRAME = build_frame(OP_TEXT, b"x" * 1000)
+
+
+async def opened(limits: LinkLimits | None = None) -> tuple[GuardedStream, trio.abc.Stream]:
+    """Return a server's guard with its handshake done, and the peer's end of the wire."""
+    ours, theirs = trio.testing.lockstep_stream_pair()
+    guard = GuardedStream(ours, client=False, limits=limits or LinkLimits())
+
+    async def peer() -> None:
+        await theirs.send_all(handshake(1))
+        await theirs.receive_some()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(peer)
+        assert (await guard.receive_some()).endswith(b"\r\n\r\n")
+        await guard.send_all(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+    guard.opened()
+    return guard, theirs
+
+
+async def test_an_interrupted_send_ends_all_sending() -> None:
+    """A frame cut by a cancel is never followed by another: the peer would read the rest of it as part of the first."""
+    guard, theirs = await opened()
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(guard.send_frames, FRAME)
+            assert await theirs.receive_some(10) == FRAME[:10]
+            scope.cancel()
+    for send in (guard.send_frames, guard.send_all):
+        with pytest.raises(trio.BrokenResourceError):
+            await send(FRAME)
+    with trio.move_on_after(0) as scope:
+        await guard.shut(4000, "")  # writes no Close frame either
+    rest = b""
+    while data := await theirs.receive_some():
+        rest += data
+    assert rest == FRAME[10:]
+
+
+async def test_a_cancel_while_waiting_for_the_turn_harms_nothing() -> None:
+    """Only a send that has begun is spoilt by a cancel; one that waits for another to finish is merely not made."""
+    guard, theirs = await opened()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(guard.send_frames, FRAME)
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await guard.send_frames(b"never")
+        received = b""
+        nursery.start_soon(guard.send_frames, b"next")
+        while len(received) < len(FRAME) + 4:
+            received += await theirs.receive_some()
+    assert received == FRAME + b"next"
+
+
+async def test_a_send_without_progress_ends_the_connection(autojump_clock: trio.testing.MockClock) -> None:
+    """A peer that takes nothing for `stall_s` is given up; one that takes a piece in each period is not."""
+    guard, theirs = await opened(LinkLimits(stall_s=10, send_chunk_bytes=100))
+    async with trio.open_nursery() as nursery:
+
+        async def slow() -> None:
+            received = 0
+            while received < len(FRAME):
+                await trio.sleep(9)
+                received += len(await theirs.receive_some(100))
+
+        nursery.start_soon(slow)
+        await guard.send_frames(FRAME)
+    assert trio.current_time() > 80
+    before = trio.current_time()
+    with pytest.raises(trio.BrokenResourceError):
+        await guard.send_frames(FRAME)
+    assert trio.current_time() - before == pytest.approx(10)
+    assert guard.stalled
+    assert guard.over.is_set()
+
+
+async def test_nothing_follows_a_close() -> None:
+    """After our Close a Pong is dropped, a second Close too, and data is refused."""
+    guard, theirs = await opened()
+    received = bytearray()
+
+    async def peer() -> None:
+        while data := await theirs.receive_some():
+            received.extend(data)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(peer)
+        close = build_close(4000, "bye")
+        await guard.send_close(close)
+        await guard.send_all(build_frame(0xA, b""))
+        await guard.send_all(build_close(1000, ""))
+        with pytest.raises(trio.BrokenResourceError):
+            await guard.send_frames(FRAME)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert bytes(received) == close
+
+
+async def test_closing_is_bounded(autojump_clock: trio.testing.MockClock) -> None:
+    """A peer that neither reads our Close nor answers it holds us up for `close_s` and no longer."""
+    for reads in (True, False):
+        guard, theirs = await opened(LinkLimits(close_s=2))
+        before = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(guard.receive_some)
+            if reads:
+                nursery.start_soon(theirs.receive_some)
+            await guard.shut(4000, "")
+            assert trio.current_time() - before <= 2
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_ping_after_our_close_is_not_passed_on() -> None:
+    """Issue 184, on the wire: trio-websocket is not shown the Ping, and is shown the Close that follows."""
+    guard, theirs = await opened()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(theirs.receive_some)
+        await guard.send_close(build_close(4000, ""))
+    close = build_close(1000, "", mask=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(theirs.send_all, build_frame(OP_PING, b"", mask=True) + close)
+        assert await guard.receive_some() == close
+    assert await guard.receive_some() == b""
+
+
+async def test_the_outbox_is_bounded_and_fair() -> None:
+    """`put` waits at the bound, `put_nowait` refuses, a cancelled `put` queues nothing, and order is kept."""
+    outbox = Outbox(10)
+    outbox.put_nowait(b"12345678")
+    outbox.put_nowait(b"long enough to go over")
+    with pytest.raises(trio.WouldBlock):
+        outbox.put_nowait(b"x")
+    with trio.move_on_after(0):
+        await outbox.put(b"cancelled")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(outbox.put, b"later")
+        await trio.testing.wait_all_tasks_blocked()
+        assert outbox.nbytes == 30
+        assert await outbox.take() == b"12345678long enough to go over"
+    assert await outbox.take() == b"later"
+    assert outbox.nbytes == 0
