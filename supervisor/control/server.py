@@ -235,7 +235,7 @@ class ControlServer(Host):
 
     def _ended(self, ending: ControlClosedError) -> tuple[int, str]:
         """Count how a connection ended; return what to close it with."""
-        if ending.code not in CLOSE_CODES:  # the client left
+        if ending.code is None or ending.code not in CLOSE_CODES:  # the client left
             return NORMAL, ""
         if ending.code == CloseCode.STALLED:
             self.counts.stalled += 1

@@ -215,8 +215,11 @@ class _Watch:
     active: bool = False
     """Whether the reply to `stream.subscribe` has been queued: nothing may be sent before it."""
     dirty: bool = False
-    fetching: trio.CancelScope | None = None
+    fetching: bool = False
+    settling: bool = False
     closed: bool = False
+    scopes: set[trio.CancelScope] = attrs.field(factory=set)
+    """Of what waits on the subscription's behalf."""
 
 
 class Session:
@@ -583,7 +586,7 @@ class Session:
 
     def _mark(self, watch: _Watch) -> None:
         """Something may be there for a subscription. Called by the journal: cheap, and any number of times."""
-        if watch.dirty or not watch.active or watch.closed or watch.fetching is not None or not watch.credit:
+        if watch.dirty or not watch.active or watch.closed or watch.fetching or not watch.credit:
             return
         watch.dirty = True
         self._dirty.append(watch)
@@ -611,27 +614,33 @@ class Session:
             self._fail(watch, error)
             return
         if batch is None:
-            watch.fetching = trio.CancelScope()
-            self._nursery.start_soon(self._fetch, watch, watch.fetching)
+            watch.fetching = True
+            self._nursery.start_soon(self._beside, watch, self._fetch)
             return
         for part in _slices(batch, self._limits.notification_events, self._limits.notification_bytes):
             self._link.outbox.append(self._notification(watch, part))
         self._taken(watch, batch)
 
-    async def _fetch(self, watch: _Watch, scope: trio.CancelScope) -> None:
+    async def _beside(self, watch: _Watch, work: Callable[[_Watch], Awaitable[None]]) -> None:
+        """Wait for something on a subscription's behalf, until it is dropped."""
+        with trio.CancelScope() as scope:
+            watch.scopes.add(scope)
+            try:
+                if not watch.closed:
+                    await work(watch)
+            except SupervisorError as error:
+                self._fail(watch, error)
+            finally:
+                watch.scopes.discard(scope)
+
+    async def _fetch(self, watch: _Watch) -> None:
         """Read one batch of a subscription from the store and queue it."""
-        with scope:
-            async with self._fetches:
-                limit = min(watch.credit, self._limits.notification_events)
-                try:
-                    batch = await watch.events.next_batch(limit)
-                except SupervisorError as error:
-                    self._fail(watch, error)
-                    return
-                for part in _slices(batch, self._limits.notification_events, self._limits.notification_bytes):
-                    await self._link.outbox.put(self._notification(watch, part))
-                watch.fetching = None
-                self._taken(watch, batch)
+        async with self._fetches:
+            batch = await watch.events.next_batch(min(watch.credit, self._limits.notification_events))
+            for part in _slices(batch, self._limits.notification_events, self._limits.notification_bytes):
+                await self._link.outbox.put(self._notification(watch, part))
+        watch.fetching = False
+        self._taken(watch, batch)
 
     def _taken(self, watch: _Watch, batch: Sequence[Event]) -> None:
         if batch:
@@ -640,6 +649,13 @@ class Session:
             self._drop(watch)
         elif batch:
             self._mark(watch)
+        elif watch.stream.state == "stopping" and not watch.settling:
+            watch.settling = True
+            self._nursery.start_soon(self._beside, watch, self._settle)
+
+    async def _settle(self, watch: _Watch) -> None:
+        """Follow a stream that is ending: if its outcome cannot be recorded there will be no last event to send."""
+        await watch.stream.wait()
 
     def _notification(self, watch: _Watch, events: Sequence[Event]) -> bytes:
         first, last = events[0], events[-1]
@@ -664,8 +680,8 @@ class Session:
             watch.events.wake = None
             watch.events.close()
             self._watches.pop(watch.sub, None)
-            if watch.fetching is not None:
-                watch.fetching.cancel()
+            for scope in tuple(watch.scopes):
+                scope.cancel()
 
     HANDLERS: ClassVar[Mapping[str, Callable[[Session, Any], Any]]] = {
         "hello": _hello,

@@ -16,6 +16,7 @@ import trio
 from supervisor.control import ControlLimits, ControlServer, Resolved, ShutdownParams, StartParams
 from supervisor.control.frames import OP_CLOSE, OP_PING, OP_TEXT, build_frame
 from supervisor.errors import ConfigurationError
+from supervisor.stores import Store
 from supervisor.streams import Deadlines, Limits, Output, Supervisor, open_supervisor
 
 SourceFunction = Callable[[Output], Awaitable[None]]
@@ -72,6 +73,7 @@ async def open_scene(
     token: str | None = None,
     shutdown: bool = True,
     supervisor_limits: Limits | None = None,
+    store: Store | None = None,
 ) -> AsyncIterator[Scene]:
     """Serve a supervisor on loopback; its upstreams are the functions in `scene.sources`."""
     sources: dict[str, SourceFunction] = {"ten": ten, "forever": forever}
@@ -84,7 +86,7 @@ async def open_scene(
             raise ConfigurationError("upstream", params.upstream, f"one of {sorted(sources)}")
         return Resolved(source=sources[params.upstream], deadlines=Deadlines(idle_s=7.0), meta={"model": "m"})
 
-    async with open_supervisor(limits=supervisor_limits) as supervisor:
+    async with open_supervisor(limits=supervisor_limits, store=store) as supervisor:
         async with trio.open_nursery() as nursery:
             server = ControlServer(
                 supervisor,

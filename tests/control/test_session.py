@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -9,7 +10,8 @@ import trio
 
 from supervisor.control import ControlLimits, EventMessage, LinkLimits, SessionLimits, payload_of
 from supervisor.control.session import encode_events, encode_text
-from supervisor.stores import Event
+from supervisor.errors import StoreError
+from supervisor.stores import Event, MemoryStore, SQLiteStore
 from supervisor.streams import Limits, Output
 
 from .harness import Closed, open_scene
@@ -428,6 +430,50 @@ async def test_a_server_that_ends_says_so() -> None:
                 await peer.frame()
         assert closed.value.code == 4000
         await peer.stream.aclose()
+
+
+class ForgetfulStore(MemoryStore):
+    """A store that keeps heads and can make nothing else durable."""
+
+    async def wait_durable(self, stream_id: str, seq: int) -> None:
+        if seq:
+            raise StoreError("the disk is full")
+        await super().wait_durable(stream_id, seq)
+
+
+async def test_an_outcome_that_cannot_be_recorded_ends_the_subscription_with_an_error() -> None:
+    """No outcome is shown that is not durable: watchers and waiters are told of the store's failure instead."""
+    async with open_scene(store=ForgetfulStore()) as scene:
+        peer = await scene.peer()
+        stream = (await peer.call("stream.start", upstream="ten", request={}))["result"]["id"]
+        sub = (await peer.call("stream.subscribe", id=stream))["result"]["sub"]
+        while (message := await peer.message())["method"] == "stream.events":
+            assert all(event["kind"] == "data" for event in message["params"]["events"])
+        assert (message["method"], message["params"]["sub"]) == ("stream.failed", sub)
+        assert message["params"]["error"]["data"]["kind"] == "store"
+        assert (await peer.call("stream.wait", id=stream))["error"]["code"] == -32006
+        assert (await peer.call("stream.get", id=stream))["result"]["outcome"] is None
+        assert scene.server.statistics().subscriptions == 0
+
+
+async def test_streams_of_an_earlier_run_are_read_from_the_store(tmp_path: Path) -> None:
+    """After a restart ended streams are found, watched, waited for and folded as if nothing had happened."""
+    path = tmp_path / "journal.db"
+    async with open_scene(store=SQLiteStore(path)) as scene:
+        peer = await scene.peer()
+        stream = (await peer.call("stream.start", upstream="ten", request={}, key="k"))["result"]["id"]
+        outcome = (await peer.call("stream.wait", id=stream))["result"]["outcome"]
+    async with open_scene(store=SQLiteStore(path)) as scene:
+        peer = await scene.peer()
+        assert (await peer.call("stream.wait", key="k"))["result"]["outcome"] == outcome
+        snapshot = (await peer.call("stream.snapshot", id=stream))["result"]
+        assert snapshot["text"] == "".join(f"t{n} " for n in range(10))
+        placed = (await peer.call("stream.subscribe", id=stream, after="snapshot"))["result"]
+        assert placed["snapshot"]["text"] == snapshot["text"]
+        await peer.call("stream.subscribe", id=stream, after={"epoch": 1, "seq": 9})
+        message = await peer.message()
+        assert told(message) == (10, 11)
+        assert message["params"]["events"][-1]["outcome"] == outcome
 
 
 async def test_one_slow_subscription_does_not_hold_up_another() -> None:
