@@ -313,14 +313,14 @@ class ChunkedBody(_Body):
             line, at = bytes(held[:-1]), at + 1
             held.clear()
         else:
-            stop = data.find(b"\r\n", at, at + max(limit - len(held), 0) + 2)
+            stop = data.find(b"\r\n", at)
             if stop >= 0:
                 line, at = bytes(held) + data[at:stop], stop + 2
                 held.clear()
             else:
-                # One more may be the CR of a CRLF whose LF has not come.
-                held += data[at : at + max(limit - len(held), 0) + 2]
+                held += data[at:]
                 at = len(data)
+        # One byte more may be the CR of a CRLF whose LF has not come.
         if len(held) > limit + held.endswith(b"\r") or (line is not None and len(line) > limit):
             raise RemoteProtocolError(f"the upstream sent a {what}")
         return line, at

@@ -169,7 +169,6 @@ class SSEDecoder:
         self._data = None
         self._more.clear()
         self._event = ""
-        self._id = self.last_event_id
         self._in_block = False
 
     # --- the start of the stream, and line ends ---
@@ -210,7 +209,7 @@ class SSEDecoder:
 
     def _data_blocks(self, lines: list[bytes], events: list[WireEvent]) -> bool:
         """Take the lines if they are data lines and empty lines in turn."""
-        if lines[0][:6] != b"data: " or len(lines) % 2 or any(lines[1::2]):
+        if lines[0][:6] != b"data: " or any(lines[1::2]):
             return False
         values = [line[6:] for line in lines[::2] if line[:6] == b"data: "]
         if 2 * len(values) != len(lines):

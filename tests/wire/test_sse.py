@@ -81,6 +81,9 @@ blocks = st.lists(
             b"id: 3\ndata: 4\n\n",
             b"data: 1\nid\n\n",
             b"id: \xff\n\n",
+            b"event:\ndata: 5\n\n",
+            b"retry: 9\n\n",
+            b"event: a\ndata: 1\n: x\n",
         ]
     ),
     max_size=12,
@@ -89,6 +92,9 @@ blocks = st.lists(
 
 @settings(max_examples=600, deadline=None)
 @given(blocks, st.sampled_from([b"\n", b"\r\n", b"\r"]), st.lists(st.integers(0, 120), max_size=3))
+@example(b"event:\ndata: 5\n\n" * 3, b"\n", [17])
+@example(b"event: a\ndata: 1\n\n" + b"event: a\ndata: 1\ndata: 2\nevent: a\ndata: 3\n\n", b"\n", [18])
+@example(b"retry: 9\n\ndata: 1\n\ndata: 2\n\n", b"\n", [10])
 def test_the_block_way_agrees_with_the_standard(stream, line_end, at):
     """Nearly regular runs of blocks, which the fast way must tell from regular ones, with each of the line ends."""
     stream = stream.replace(b"\n", line_end)
