@@ -122,13 +122,9 @@ class Control(trio.abc.Instrument):
         An error from before its first step passes through, and so does KeyboardInterrupt while it is wound down.
         """
         self._limit = self.max_steps
-        value: Any = None
-        error: BaseException | None = None
         with _installed(self):
-            try:
-                value = trio.run(self._main(), clock=clock, instruments=[*instruments, self])
-            except BaseException as exc:  # noqa: BLE001  # whatever the program raises is a result here
-                error = exc
+            result = outcome.capture(trio.run, self._main(), clock=clock, instruments=[*instruments, self])
+        error = result.error if isinstance(result, outcome.Error) else None
         if error is not None and (
             not self.steps or (self._stopped_by is not None and isinstance(error, KeyboardInterrupt))
         ):
@@ -138,7 +134,7 @@ class Control(trio.abc.Instrument):
         if self._stopped_by is not None:
             error = None
         return Ran(
-            value=value,
+            value=result.value if isinstance(result, outcome.Value) else None,
             error=error,
             stopped_by=self._stopped_by,
             choices=tuple(self._choices),
@@ -179,12 +175,13 @@ class Control(trio.abc.Instrument):
             if _is_ours(batch[-1]):
                 batch.reverse()
             return
-        try:
-            choice = self.choose(width)
-            if not 0 <= choice < width:
-                raise ConfigurationError("choice", choice, f"one of 0 to {width - 1}")  # noqa: TRY301  # stops the run
-        except BaseException as exc:  # noqa: BLE001  # trio would log it and go on without us
-            self.stop(exc)
+        chosen = outcome.capture(self.choose, width)  # what it raises, trio would log, and go on without us
+        if isinstance(chosen, outcome.Error):
+            self.stop(chosen.error)
+            return
+        choice = chosen.value
+        if not 0 <= choice < width:
+            self.stop(ConfigurationError("choice", choice, f"one of 0 to {width - 1}"))
             return
         self._choices.append(choice)
         self._widths.append(width)
@@ -417,14 +414,9 @@ def _close(tasks: list[Any]) -> None:
         for nursery in task._child_nurseries:
             nursery._children.clear()
         for _ in range(100):  # a coroutine may await in a `finally`; it is then asked again
-            try:
-                task.coro.close()
-            except RuntimeError as exc:
-                if "ignored GeneratorExit" in str(exc):
-                    continue
-            except BaseException:  # noqa: BLE001, S110  # cleanup outside of a run may raise anything; nobody is left to hear
-                pass
-            break
+            closed = outcome.capture(task.coro.close)  # outside of a run its cleanup may raise anything
+            if not isinstance(closed, outcome.Error) or "ignored GeneratorExit" not in str(closed.error):
+                break
 
 
 # --- in the place of trio's random numbers ----------------------------------------------------------------------------

@@ -81,6 +81,12 @@ async def lost_wakeup():
         nursery.start_soon(ringer)
 
 
+async def note(outcomes, outcome):
+    """Add an outcome, unless the run has been cut off: it is then being cancelled."""
+    await trio.lowlevel.checkpoint()
+    outcomes.add(outcome)
+
+
 async def three_tasks():
     """Three tasks that log their names in each of four batches."""
     log = []
@@ -704,7 +710,7 @@ def test_cutting_off_loses_nothing_under_a_bound(search, most):
 
         async def program(world=world, cutting=cutting):
             await counting(world, 3, 2)
-            reached[cutting].add(tuple(world["log"]))
+            await note(reached[cutting], tuple(world["log"]))
 
         explore(
             program,
@@ -718,12 +724,14 @@ def test_cutting_off_loses_nothing_under_a_bound(search, most):
 def test_what_is_on_its_way_tells_states_apart():
     """Two orders that differ only in a value on its way to a waiting task are not taken for one state."""
     got = set()
+    world = {}
 
     async def program():
         send, receive = trio.open_memory_channel(0)
+        taken = world["taken"] = []
 
         async def taking():
-            got.add(await receive.receive())
+            taken.append(await receive.receive())
 
         async def giving(value):
             await trio.lowlevel.checkpoint()
@@ -734,18 +742,21 @@ def test_what_is_on_its_way_tells_states_apart():
             nursery.start_soon(taking)
             nursery.start_soon(giving, "x", name="giving")
             nursery.start_soon(giving, "y", name="giving")
+            nursery.start_soon(side_by_side, 2, 3)
+        await note(got, taken[0])
 
-    explore(program, state=lambda: None)
+    explore(program, state=lambda: tuple(world["taken"]))
     assert {"x", "y"} == got
 
 
 def test_the_order_of_waiting_tells_states_apart():
     """Two orders that differ only in who waits first in line for a lock are not taken for one state."""
     first = set()
+    world = {}
 
     async def program():
         lock = trio.Lock()
-        log = []
+        log = world["log"] = []
 
         async def waiting(name):
             async with lock:
@@ -755,10 +766,105 @@ def test_the_order_of_waiting_tells_states_apart():
             nursery.start_soon(waiting, 1, name="one")
             nursery.start_soon(waiting, 2, name="two")
             await side_by_side(2, 2)
-        first.add(log[0])
+        await note(first, log[0])
+
+    explore(program, state=lambda: tuple(world["log"]))
+    assert first == {1, 2}
+
+
+def test_the_batch_of_a_task_tells_states_apart():
+    """Two orders that differ only in whether a woken task runs in this batch or in the next are not taken for one state."""
+    seen = set()
+    world = {}
+
+    async def program():
+        event = trio.Event()
+        log = world["log"] = []
+        world["flag"] = False
+
+        async def waking():
+            await trio.lowlevel.checkpoint()
+            if world["flag"]:
+                event.set()
+            await trio.lowlevel.checkpoint()
+            log.append("waking")
+            event.set()
+
+        async def allowing():
+            await trio.lowlevel.checkpoint()
+            world["flag"] = True
+
+        async def woken():
+            await event.wait()
+            log.append("woken")
+
+        async def bystander():
+            await trio.lowlevel.checkpoint()
+            await trio.lowlevel.checkpoint()
+            log.append("bystander")
+
+        async with trio.open_nursery() as nursery:
+            for task in (waking, allowing, woken, bystander, bystander):
+                nursery.start_soon(task)
+        await note(seen, tuple(log))
+
+    explore(program, state=lambda: (tuple(world["log"]), world["flag"]))
+    assert ("waking", "woken", "bystander", "bystander") in seen
+
+
+def test_deadlines_tell_states_apart():
+    """Two orders that differ only in the deadline that a cancel scope was given last are not taken for one state."""
+    ends = set()
+
+    async def program():
+        scope = trio.CancelScope()
+
+        async def setting(deadline):
+            await trio.lowlevel.checkpoint()
+            scope.deadline = deadline
+            await trio.lowlevel.checkpoint()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(setting, 1)
+            nursery.start_soon(setting, 2)
+            with scope:
+                await trio.sleep_forever()
+            end = trio.current_time()
+        await note(ends, end)
 
     explore(program, state=lambda: None)
-    assert first == {1, 2}
+    assert ends == {1, 2}
+
+
+def test_a_state_reached_again_with_fewer_deviations_is_explored_again():
+    """Depth first reaches a state by two deviations, then by one: with a bound of two, only then can it go on."""
+    world = {}
+    seen = set()
+
+    async def program():
+        world["score"] = 0
+        firsts = world["firsts"] = [None] * 4
+
+        async def worker(name):
+            for batch, worth in enumerate((2, 1, 1, 0)):
+                if firsts[batch] is None:
+                    firsts[batch] = name
+                    if name == "late":
+                        world["score"] = min(2, world["score"] + worth)
+                await trio.lowlevel.checkpoint()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(worker, "early")
+            nursery.start_soon(worker, "late")
+        await note(seen, (world["score"], firsts[3]))
+
+    explore(
+        program,
+        search="depth-first",
+        bounds=Bounds(max_preemptions=2),
+        state=lambda: (world["score"], world["firsts"][3]),
+    )
+    assert (2, "late") in seen
 
 
 OPERATIONS = [
@@ -777,7 +883,7 @@ OPERATIONS = [
 ]
 
 
-@settings(max_examples=100, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=50, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
 @given(
     st.lists(st.lists(st.sampled_from(OPERATIONS), min_size=2, max_size=6), min_size=2, max_size=3),
     st.sampled_from(SEARCHES),
@@ -826,7 +932,7 @@ def test_cutting_off_loses_no_outcome_of_any_program(scripts, search, most):
             async with trio.open_nursery() as nursery:
                 for name, script in enumerate(scripts):
                     nursery.start_soon(actor, name, script, name=f"actor {name}")
-        outcomes[cutting].add(tuple(log))
+        await note(outcomes[cutting], tuple(log))
 
     async def cut():
         await program(True)
