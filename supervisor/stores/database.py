@@ -319,7 +319,7 @@ class Database:
         order = " ORDER BY s.id DESC LIMIT ?"
         with self._reading() as reader:
             if states is None:
-                rows = reader.execute(f"{_STREAM} WHERE +s.state IS NOT NULL{below}{order}", (*bounds, limit))
+                rows = reader.execute(f"{_STREAM} WHERE s.state IS NOT NULL{below}{order}", (*bounds, limit))
                 return [_stored(row) for row in rows]
             walks = (
                 reader.execute(

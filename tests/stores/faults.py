@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import attrs
-import pytest
 
 from supervisor.stores.database import Database
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pytest
 
 
 @attrs.define

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import count
+from typing import TYPE_CHECKING
 
 import trio
 
 from supervisor.stores import Event, Store, StoredStream
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
 
 
 def head(stream_id: str, key: str | None = None) -> StoredStream:
@@ -35,18 +39,21 @@ def write_ended(
 
 @asynccontextmanager
 async def opened(store: Store) -> AsyncIterator[Store]:
-    """Run a store for the body and close it after, as a supervisor does."""
-    async with trio.open_nursery() as nursery:
-        await nursery.start(store.run)
-        try:
-            yield store
-        finally:
-            with trio.CancelScope(shield=True):
-                await store.aclose()
+    """Run a store for the body and close it after, as a supervisor does. All within 30 s, so that nothing hangs."""
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(store.run)
+            try:
+                yield store
+            finally:
+                with trio.move_on_after(5, shield=True):
+                    await store.aclose()
 
 
 async def until(condition: Callable[[], bool]) -> None:
     """Let other tasks and threads go on until a condition holds; fails after 10 s."""
     with trio.fail_after(10):
-        while not condition():
+        for _ in count():
+            if condition():
+                return
             await trio.lowlevel.checkpoint()

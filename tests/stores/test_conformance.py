@@ -21,7 +21,12 @@ def store(request, tmp_path) -> Store:
 
 async def test_a_stream_reads_back_as_it_was_written(store):
     """Head, events of every kind and the outcome come back equal, and the description says where the journal is."""
-    written = [event(1), event(2, kind="attempt"), event(3, name="delta"), event(4, kind="skipped", size=5000)]
+    written = [
+        event(1),
+        event(2, kind="attempt"),
+        event(3, name="delta"),
+        event(4, kind="skipped", size=5000),
+    ]
     async with opened(store):
         store.create(head("s1", "k"))
         store.append("s1", written[:1])
@@ -32,8 +37,8 @@ async def test_a_stream_reads_back_as_it_was_written(store):
         found = await store.get(stream_id="s1")
         assert found is not None
         assert (head("s1").head, 1000.0, "k") == (found.head, found.created_at, found.key)
-        assert ("failed", 1234.5, b"1:5:outcome") == (found.state, found.ended_at, found.outcome)
-        assert (1, 1, 5) == (found.epoch, found.first_seq, found.last_seq)
+        assert (found.state, found.ended_at, found.outcome) == ("failed", 1234.5, b"1:5:outcome")
+        assert (found.epoch, found.first_seq, found.last_seq) == (1, 1, 5)
 
 
 async def test_reading_starts_after_any_seq_and_stops_at_any_limit(store):
@@ -55,7 +60,9 @@ async def test_reading_stops_at_its_bytes_but_gives_one_event(store):
         store.create(head("s1"))
         store.append("s1", events(1, 10, size=1000))
         await store.wait_durable("s1", 10)
-        assert events(1, 3, size=1000) == list(await store.read("s1", after_seq=0, limit=9, max_bytes=3 * 1160))
+        assert events(1, 3, size=1000) == list(
+            await store.read("s1", after_seq=0, limit=9, max_bytes=3 * 1160)
+        )
         assert events(5, 5, size=1000) == list(await store.read("s1", after_seq=4, limit=9, max_bytes=10))
 
 
@@ -68,22 +75,22 @@ async def test_a_new_epoch_goes_on_with_the_same_seqs(store):
         assert [*events(1, 3), *events(4, 6, epoch=2)] == list(await store.read("s1", after_seq=0, limit=9))
         live = await store.get(stream_id="s1")
         assert live is not None
-        assert (2, 6, None) == (live.epoch, live.last_seq, live.state)
+        assert (live.epoch, live.last_seq, live.state) == (2, 6, None)
         store.end("s1", event(7, epoch=2, kind="outcome"), state="completed", ended_at=1.0)
         await store.wait_durable("s1", 7)
         ended = await store.get(stream_id="s1")
         assert ended is not None
-        assert (2, 7, "completed") == (ended.epoch, ended.last_seq, ended.state)
+        assert (ended.epoch, ended.last_seq, ended.state) == (2, 7, "completed")
 
 
 async def test_what_is_not_there_is_none(store):
     """Reading an unknown stream gives nothing, and asking for one gives None."""
     async with opened(store):
-        assert [] == list(await store.read("nobody", after_seq=0, limit=10))
+        assert list(await store.read("nobody", after_seq=0, limit=10)) == []
         assert await store.get(stream_id="nobody") is None
         assert await store.get(key="nobody") is None
-        assert [] == list(await store.unfinished())
-        assert [] == list(await store.list())
+        assert list(await store.unfinished()) == []
+        assert list(await store.list()) == []
         with pytest.raises(StoreError, match="not in the store"):
             await store.wait_durable("nobody", 0)
 
@@ -108,7 +115,7 @@ async def test_a_key_finds_its_newest_stream(store):
             await store.wait_durable(stream_id, seq)
         found = await store.get(key="k")
         assert found is not None
-        assert "s3" == found.id
+        assert found.id == "s3"
 
 
 async def test_the_list_pages_by_id_downwards(store):
@@ -127,10 +134,10 @@ async def test_the_list_pages_by_id_downwards(store):
             before = page[-1].id
         assert [f"s{index:02}" for index in reversed(range(20))] == paged
         some = await store.list(states=["failed", "cancelled", "failed"], before_id="s17", limit=4)
-        assert ["s16", "s14", "s13", "s11"] == [stream.id for stream in some]
-        assert [] == list(await store.list(states=[]))
-        assert [] == list(await store.list(states=["expired"]))
-        assert [] == list(await store.list(limit=0))
+        assert [stream.id for stream in some] == ["s16", "s14", "s13", "s11"]
+        assert list(await store.list(states=[])) == []
+        assert list(await store.list(states=["expired"])) == []
+        assert list(await store.list(limit=0)) == []
 
 
 async def test_unfinished_streams_are_those_without_an_outcome(store):
@@ -142,7 +149,7 @@ async def test_unfinished_streams_are_those_without_an_outcome(store):
         store.create(head("s1"))
         for stream_id, seq in (("s2", 4), ("s3", 2), ("s1", 0)):
             await store.wait_durable(stream_id, seq)
-        assert [("s1", 0), ("s3", 2)] == [(s.id, s.last_seq) for s in await store.unfinished()]
+        assert [(s.id, s.last_seq) for s in await store.unfinished()] == [("s1", 0), ("s3", 2)]
 
 
 async def test_misuse_is_refused_by_the_call_and_changes_nothing(store):
@@ -173,7 +180,7 @@ async def test_misuse_is_refused_by_the_call_and_changes_nothing(store):
             await store.wait_durable("s1", 4)
         found = await store.get(stream_id="s1")
         assert found is not None
-        assert ("completed", 3) == (found.state, found.last_seq)
+        assert (found.state, found.last_seq) == ("completed", 3)
         assert [*events(1, 2), event(3, kind="outcome")] == list(await store.read("s1", after_seq=0, limit=9))
 
 
@@ -197,8 +204,8 @@ async def test_waiting_for_a_seq_to_come(store):
         store.append("s1", events(1, 3))
         await store.wait_durable("s1", 3)
         await trio.testing.wait_all_tasks_blocked()
-        assert ["2 is durable"] == done
-    assert ["stream s1: the store has stopped before seq 9 was written"] == done[1:]
+        assert done == ["2 is durable"]
+    assert done[1:] == ["stream s1: the store has stopped before seq 9 was written"]
 
 
 async def test_a_cancelled_wait_leaves_nothing_behind(store):
@@ -209,7 +216,7 @@ async def test_a_cancelled_wait_leaves_nothing_behind(store):
             await store.wait_durable("s1", 1)
         store.append("s1", events(1, 1))
         await store.wait_durable("s1", 1)
-        assert 1 == store.durable_seq("s1")
+        assert store.durable_seq("s1") == 1
 
 
 async def test_a_forgotten_stream_is_still_readable(store):
@@ -218,8 +225,8 @@ async def test_a_forgotten_stream_is_still_readable(store):
         write_ended(store, "s1", 2)
         store.forget("s1")
         await store.wait_durable("s1", 3)
-        assert 0 == store.durable_seq("s1")
-        assert 3 == len(await store.read("s1", after_seq=0, limit=9))
+        assert store.durable_seq("s1") == 0
+        assert len(await store.read("s1", after_seq=0, limit=9)) == 3
         await store.wait_durable("s1", 3)
         with pytest.raises(StoreError, match="seq 4 is not in the store"):
             await store.wait_durable("s1", 4)
@@ -242,20 +249,20 @@ async def test_prune_removes_what_ended_first(store):
         async def left() -> set[int]:
             return {int(stream.id[1:]) for stream in await store.list()}
 
-        assert 0 == await store.prune()
-        assert 0 == await store.prune(ended_before=100.0)
-        assert 0 == await store.prune(keep=8)
-        assert 0 == await store.prune(keep=0, limit=0)
-        assert 2 == await store.prune(ended_before=102.0)
+        assert await store.prune() == 0
+        assert await store.prune(ended_before=100.0) == 0
+        assert await store.prune(keep=8) == 0
+        assert await store.prune(keep=0, limit=0) == 0
+        assert await store.prune(ended_before=102.0) == 2
         assert set(order[2:]) == await left()
-        assert 1 == await store.prune(keep=3, limit=1)
+        assert await store.prune(keep=3, limit=1) == 1
         assert set(order[3:]) == await left()
-        assert 3 == await store.prune(ended_before=104.0, keep=2)
+        assert await store.prune(ended_before=104.0, keep=2) == 3
         assert set(order[6:]) == await left()
         assert await store.get(key="k4") is None
-        assert [] == list(await store.read("s4", after_seq=0, limit=9))
-        assert 2 == await store.prune(keep=0)
-        assert ["s9"] == [stream.id for stream in await store.unfinished()]
+        assert list(await store.read("s4", after_seq=0, limit=9)) == []
+        assert await store.prune(keep=0) == 2
+        assert [stream.id for stream in await store.unfinished()] == ["s9"]
 
 
 async def test_ended_at_the_same_time_goes_by_id(store):
@@ -264,10 +271,10 @@ async def test_ended_at_the_same_time_goes_by_id(store):
         for stream_id in ("b", "a", "c", "a\x01"):
             write_ended(store, stream_id, 1, ended_at=5.0)
             await store.wait_durable(stream_id, 2)
-        assert 1 == await store.prune(keep=3)
-        assert ["c", "b", "a\x01"] == [stream.id for stream in await store.list()]
-        assert 2 == await store.prune(keep=1)
-        assert ["c"] == [stream.id for stream in await store.list()]
+        assert await store.prune(keep=3) == 1
+        assert [stream.id for stream in await store.list()] == ["c", "b", "a\x01"]
+        assert await store.prune(keep=1) == 2
+        assert [stream.id for stream in await store.list()] == ["c"]
 
 
 async def test_a_closed_store_refuses(store):
@@ -300,11 +307,11 @@ async def test_flow_and_statistics_at_rest(store):
         assert not store.congested
         await store.wait_flow()
         figures = store.statistics()
-        assert (7, 0, 0, None) == (
+        assert (
             figures.committed_records,
             figures.pending_records,
             figures.pending_bytes,
             figures.last_error,
-        )
+        ) == (7, 0, 0, None)
         assert figures.commits >= 1
         assert "Store" in repr(store)

@@ -27,13 +27,15 @@ async def test_the_stream_that_ended_first_goes_first():
         store.create(head("s0"))
         for stream_id in ("s3", "s1", "s2"):
             write_ended(store, stream_id, 1, key="k")
-        assert ["s2", "s1"] == [stream.id for stream in await store.list()]
+        assert [stream.id for stream in await store.list()] == ["s2", "s1"]
         assert await store.get(stream_id="s3") is None
-        assert ["s0"] == [stream.id for stream in await store.unfinished()]
+        assert [stream.id for stream in await store.unfinished()] == ["s0"]
         found = await store.get(key="k")
         assert found is not None
-        assert "s2" == found.id
-        await store.wait_durable("s3", 2)  # it was durable, in this store's sense, and its writer may still ask
+        assert found.id == "s2"
+        await store.wait_durable(
+            "s3", 2
+        )  # it was durable, in this store's sense, and its writer may still ask
 
 
 async def test_ended_streams_go_before_any_live_event():
@@ -44,10 +46,10 @@ async def test_ended_streams_go_before_any_live_event():
         store.append("live", events(1, 10, size=2000))
         for index in range(10):
             write_ended(store, f"s{index}", 9, size=2000)
-        assert ["s9", "s8", "s7"] == [stream.id for stream in await store.list()]
+        assert [stream.id for stream in await store.list()] == ["s9", "s8", "s7"]
         live = await store.get(stream_id="live")
         assert live is not None
-        assert (1, 10) == (live.first_seq, live.last_seq)
+        assert (live.first_seq, live.last_seq) == (1, 10)
 
 
 async def test_a_reader_sees_the_gap_that_a_bound_made():
@@ -79,7 +81,7 @@ async def test_heads_and_the_last_outcome_outlive_any_bound():
         store.append("live", events(1, 5))
         live = await store.get(stream_id="live")
         assert live is not None
-        assert (6, 5) == (live.first_seq, live.last_seq)
+        assert (live.first_seq, live.last_seq) == (6, 5)
         store.append("live", events(6, 6))
         write_ended(store, "s1", 3)
         assert [event(4, kind="outcome")] == list(await store.read("s1", after_seq=0, limit=9))
@@ -92,8 +94,8 @@ async def test_bytes_are_given_back():
         for index in range(5):
             write_ended(store, f"s{index}", 10)
         assert store.statistics().held_bytes > 0
-        assert 5 == await store.prune(keep=0)
-        assert 0 == store.statistics().held_bytes
+        assert await store.prune(keep=0) == 5
+        assert store.statistics().held_bytes == 0
 
 
 @pytest.mark.parametrize("options", [{"max_streams": 0}, {"max_bytes": 0}])

@@ -74,7 +74,7 @@ async def test_a_new_file_is_ours_and_private(path):
             write_ended(store, "s1", 1)
             await store.wait_durable("s1", 2)
             files = sorted(path.parent.iterdir())
-            assert ["store.db", "store.db-shm", "store.db-wal", "store.db.lock"] == [f.name for f in files]
+            assert [f.name for f in files] == ["store.db", "store.db-shm", "store.db-wal", "store.db.lock"]
             assert {0o600} == {stat.S_IMODE(f.stat().st_mode) for f in files}
     finally:
         os.umask(before)
@@ -82,7 +82,7 @@ async def test_a_new_file_is_ours_and_private(path):
         edit(path, f"PRAGMA {name}")[0][0]
         for name in ("application_id", "user_version", "journal_mode", "auto_vacuum")
     ]
-    assert [schema.APPLICATION_ID, schema.SCHEMA_VERSION, "wal", 2] == pragmas
+    assert pragmas == [schema.APPLICATION_ID, schema.SCHEMA_VERSION, "wal", 2]
 
 
 @pytest.mark.parametrize("synchronous", [("OFF", 0), ("NORMAL", 1), ("FULL", 2), ("EXTRA", 3)])
@@ -102,8 +102,8 @@ async def test_an_interrupted_stream_goes_on_after_a_restart(path):
             store.create(head(stream_id, "k"))
             store.append(stream_id, events(1, 3))
     async with opened(SQLiteStore(path)) as store:
-        assert [("s1", 3), ("s2", 3)] == [(s.id, s.last_seq) for s in await store.unfinished()]
-        assert 3 == store.durable_seq("s1")
+        assert [(s.id, s.last_seq) for s in await store.unfinished()] == [("s1", 3), ("s2", 3)]
+        assert store.durable_seq("s1") == 3
         with pytest.raises(StoreError, match="created twice"):
             store.create(head("s1"))
         store.append("s1", events(4, 5))
@@ -111,7 +111,7 @@ async def test_an_interrupted_stream_goes_on_after_a_restart(path):
         store.end("s2", event(4, kind="outcome"), state="failed", ended_at=2.0)
         await store.wait_durable("s1", 6)
         await store.wait_durable("s2", 4)
-        assert [] == list(await store.unfinished())
+        assert list(await store.unfinished()) == []
         assert [*events(1, 5), event(6, kind="outcome")] == list(await store.read("s1", after_seq=0, limit=9))
 
 
@@ -121,7 +121,9 @@ async def test_one_file_one_store(path, tmp_path):
     link.symlink_to(path)
     async with opened(SQLiteStore(path)):
         for name in (path, link):
-            await refused(name, StoreLockedError, rf"in use by process {os.getpid()}, which holds .*store\.db\.lock")
+            await refused(
+                name, StoreLockedError, rf"in use by process {os.getpid()}, which holds .*store\.db\.lock"
+            )
     async with opened(SQLiteStore(link)) as store:
         write_ended(store, "s1", 1)
 
@@ -141,7 +143,7 @@ async def test_another_process_holds_the_file(path):
     with subprocess.Popen(command, stdout=subprocess.PIPE) as other:  # noqa: ASYNC220  # waits for one line only
         try:
             assert other.stdout is not None
-            assert b"open\n" == await trio.to_thread.run_sync(other.stdout.readline)
+            assert await trio.to_thread.run_sync(other.stdout.readline) == b"open\n"
             await refused(path, StoreLockedError, f"in use by process {other.pid}")
         finally:
             other.kill()
@@ -162,8 +164,10 @@ async def test_another_programs_lock_on_the_database(filled):
 
 async def test_a_missing_directory_is_named(tmp_path):
     """Nothing is created on the way to a file."""
-    await refused(tmp_path / "nowhere" / "store.db", StoreError, r"directory .*nowhere does not exist; create it")
-    assert [] == list(tmp_path.iterdir())
+    await refused(
+        tmp_path / "nowhere" / "store.db", StoreError, r"directory .*nowhere does not exist; create it"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_a_path_that_is_no_file(tmp_path):
@@ -182,7 +186,9 @@ async def test_a_read_only_place(path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(schema.os, "open", denied)
-        await refused(path, StoreError, "cannot be opened for writing: Read-only file system; nothing was changed")
+        await refused(
+            path, StoreError, "cannot be opened for writing: Read-only file system; nothing was changed"
+        )
 
 
 async def test_a_file_system_without_a_log(path, monkeypatch):
@@ -195,15 +201,17 @@ async def test_a_file_system_without_a_log(path, monkeypatch):
 async def test_what_is_no_database_is_left_alone(path):
     """A file of something else is refused with what to do, and stays as it is."""
     path.write_bytes(b"my diary\n" * 1000)
-    await refused(path, StoreCorruptError, r"damaged or is not an SQLite database.*left as it is; move it away")
-    assert b"my diary\n" * 1000 == path.read_bytes()
+    await refused(
+        path, StoreCorruptError, r"damaged or is not an SQLite database.*left as it is; move it away"
+    )
+    assert path.read_bytes() == b"my diary\n" * 1000
 
 
 async def test_another_programs_database_is_left_alone(path):
     """So is a database that is not ours."""
     edit(path, "CREATE TABLE recipes (name)", "INSERT INTO recipes VALUES ('soup')")
     await refused(path, StoreCorruptError, "of another program")
-    assert [("soup",)] == edit(path, "SELECT * FROM recipes")
+    assert edit(path, "SELECT * FROM recipes") == [("soup",)]
 
 
 async def test_a_damaged_file_is_refused_or_says_so_when_read(filled):
@@ -230,7 +238,7 @@ async def test_a_newer_file_is_refused(filled):
     """A file of a version to come is left as it is."""
     edit(filled, "PRAGMA user_version = 7")
     await refused(filled, StoreError, r"newer version \(schema 7, this one knows 1\).*upgrade")
-    assert [(7,)] == edit(filled, "PRAGMA user_version")
+    assert edit(filled, "PRAGMA user_version") == [(7,)]
 
 
 async def test_an_older_file_is_migrated_step_by_step(filled, monkeypatch):
@@ -252,11 +260,11 @@ async def test_an_older_file_is_migrated_step_by_step(filled, monkeypatch):
     monkeypatch.setattr(schema, "MIGRATIONS", steps)
     for _ in range(2):
         async with opened(SQLiteStore(filled)) as store:
-            assert 5 == len(await store.list())
-            assert 21 == len(await store.read("s3", after_seq=0, limit=99))
-    assert [1, 2] == ran
-    assert [("none", 5)] == edit(filled, "SELECT tenant, count(*) FROM streams GROUP BY tenant")
-    assert [(3,)] == edit(filled, "PRAGMA user_version")
+            assert len(await store.list()) == 5
+            assert len(await store.read("s3", after_seq=0, limit=99)) == 21
+    assert ran == [1, 2]
+    assert edit(filled, "SELECT tenant, count(*) FROM streams GROUP BY tenant") == [("none", 5)]
+    assert edit(filled, "PRAGMA user_version") == [(3,)]
 
 
 async def test_a_migration_that_fails_changes_nothing(filled, monkeypatch):
@@ -269,7 +277,7 @@ async def test_a_migration_that_fails_changes_nothing(filled, monkeypatch):
     monkeypatch.setattr(schema, "SCHEMA_VERSION", 2)
     monkeypatch.setattr(schema, "MIGRATIONS", {1: broken})
     await refused(filled, StoreError, "nonsense")
-    assert [(5, 1)] == edit(filled, "SELECT count(*), (SELECT * FROM pragma_user_version) FROM streams")
+    assert edit(filled, "SELECT count(*), (SELECT * FROM pragma_user_version) FROM streams") == [(5, 1)]
     monkeypatch.setattr(schema, "MIGRATIONS", {})
     await refused(filled, StoreError, "has schema 1, from which there is no way to 2")
 
@@ -280,7 +288,7 @@ async def test_a_start_that_was_cut_off_begins_again(path):
     async with opened(SQLiteStore(path)) as store:
         write_ended(store, "s1", 1)
         await store.wait_durable("s1", 2)
-    assert [(2,)] == edit(path, "PRAGMA auto_vacuum")
+    assert edit(path, "PRAGMA auto_vacuum") == [(2,)]
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
@@ -301,16 +309,21 @@ async def test_a_damaged_segment_is_named_and_the_rest_is_read(filled, damage):
     edit(filled, f"{damage} WHERE stream = (SELECT n FROM streams WHERE id = 's2') AND last_seq = 10")
     async with opened(SQLiteStore(filled)) as store:
         assert events(1, 5) == list(await store.read("s2", after_seq=0, limit=99))
-        with pytest.raises(StoreCorruptError, match=r"stream s2: the stored events 6 to \d+ are (damaged|missing)"):
+        with pytest.raises(
+            StoreCorruptError, match=r"stream s2: the stored events 6 to \d+ are (damaged|missing)"
+        ):
             await store.read("s2", after_seq=5, limit=99)
         assert events(11, 20) == list(await store.read("s2", after_seq=10, limit=10))
-        assert 21 == len(await store.read("s1", after_seq=0, limit=99))
+        assert len(await store.read("s1", after_seq=0, limit=99)) == 21
 
 
 @pytest.mark.parametrize(("gone", "named"), [(5, "1 to 5"), (10, "6 to 10"), (21, "21 to 21")])
 async def test_a_missing_segment_is_no_silent_gap(filled, gone, named):
     """Rows that are gone without retention having removed them are reported, at the start, in the middle, at the end."""
-    edit(filled, f"DELETE FROM segments WHERE stream = (SELECT n FROM streams WHERE id = 's2') AND last_seq = {gone}")
+    edit(
+        filled,
+        f"DELETE FROM segments WHERE stream = (SELECT n FROM streams WHERE id = 's2') AND last_seq = {gone}",
+    )
     async with opened(SQLiteStore(filled)) as store:
         seen = 0
         with pytest.raises(StoreCorruptError, match=f"stream s2: the stored events {named} are missing"):
@@ -329,11 +342,11 @@ async def test_pruning_shrinks_the_file(path):
             write_ended(store, f"s{index:02}", 50, size=4000, ended_at=float(index))
         await store.wait_durable("s39", 51)
         full = edit(path, "PRAGMA page_count")[0][0]
-        assert 35 == await store.prune(keep=5)
+        assert await store.prune(keep=5) == 35
         assert edit(path, "PRAGMA page_count")[0][0] < full / 5
-        assert 51 == len(await store.read("s39", after_seq=0, limit=99))
-        assert [("ok",)] == edit(path, "PRAGMA integrity_check")
-        assert [(5,)] == edit(path, "SELECT count(DISTINCT stream) FROM segments")
+        assert len(await store.read("s39", after_seq=0, limit=99)) == 51
+        assert edit(path, "PRAGMA integrity_check") == [("ok",)]
+        assert edit(path, "SELECT count(DISTINCT stream) FROM segments") == [(5,)]
     assert path.stat().st_size < full * 4096 / 5
 
 
@@ -359,8 +372,8 @@ async def test_a_large_stream_goes_piece_by_piece(path):
                 got = await store.read("s1", after_seq=0, limit=1)
                 assert found.first_seq == got[0].seq
         assert 80 * 300_000 // database.PRUNE_BYTES <= steps <= 1 + 80 * 300_000 // database.PRUNE_BYTES
-        assert 0 == await store.prune(keep=1)
-        assert ["s2"] == [stream.id for stream in await store.list()]
+        assert await store.prune(keep=1) == 0
+        assert [stream.id for stream in await store.list()] == ["s2"]
 
 
 async def test_commits_go_on_while_a_prune_does(path):
@@ -392,8 +405,8 @@ async def test_a_prune_that_fails_says_so_and_changes_nothing(path, monkeypatch)
         disk.before = faults.failing("COMMIT", 1)
         with pytest.raises(StoreError, match="simulated"):
             await store.prune(keep=0)
-        assert 6 == len(await store.read("s1", after_seq=0, limit=99))
-        assert 1 == await store.prune(keep=0)
+        assert len(await store.read("s1", after_seq=0, limit=99)) == 6
+        assert await store.prune(keep=0) == 1
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
@@ -401,12 +414,12 @@ async def test_a_prune_that_fails_says_so_and_changes_nothing(path, monkeypatch)
 
 async def test_no_statement_reads_a_whole_table(filled, monkeypatch):
     """Every statement of writing, reading, listing and pruning finds its rows by an index, in the index's order."""
-    seen: dict[str, None] = {}
+    seen: list[str] = []
     connect = schema.connect
 
     def traced(*args, **kwargs):
         connection = connect(*args, **kwargs)
-        connection.set_trace_callback(lambda statement: seen.setdefault(statement))
+        connection.set_trace_callback(seen.append)
         return connection
 
     monkeypatch.setattr(schema, "connect", traced)
@@ -425,7 +438,7 @@ async def test_no_statement_reads_a_whole_table(filled, monkeypatch):
         await store.prune(ended_before=103.0)
     connection = sqlite3.connect(filled)
     looked_at = 0
-    for statement in seen:
+    for statement in dict.fromkeys(seen):
         if not re.match(r"\s*(SELECT|UPDATE|DELETE)", statement) or "sqlite_master" in statement:
             continue
         for *_, step in connection.execute(f"EXPLAIN QUERY PLAN {statement}"):
@@ -440,12 +453,12 @@ async def test_no_statement_reads_a_whole_table(filled, monkeypatch):
 def test_the_database_is_usable_without_trio(path):
     """The synchronous half stands by itself: opening twice at once is refused, closing twice is nothing."""
     one, other = (Database(path, "NORMAL", 0.0) for _ in range(2))
-    assert [] == list(one.open())
+    assert list(one.open()) == []
     with pytest.raises(StoreLockedError):
         other.open()
     for _ in range(2):
         one.close_reader()
         one.close_writer()
-    assert [] == list(other.open())
+    assert list(other.open()) == []
     other.close_reader()
     other.close_writer()
