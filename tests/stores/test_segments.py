@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supervisor.stores import Event, segments
@@ -22,6 +22,7 @@ _events = st.lists(
 ).map(lambda rows: [Event(3, 7 + index, *row) for index, row in enumerate(rows)])
 
 
+@settings(deadline=None)
 @given(_events)
 def test_events_come_back_equal(written):
     """Whatever the times, kinds, payloads and names, one for all or each its own."""
@@ -30,6 +31,7 @@ def test_events_come_back_equal(written):
     assert written == segments.decode(position, segments.checksum(position, body), body)
 
 
+@settings(deadline=None)
 @given(_events, st.data())
 def test_one_changed_bit_is_found(written, data):
     """In the blob or in any number beside it."""
