@@ -62,6 +62,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 _T = TypeVar("_T")
 _MAX_FILE_BYTES = 1 << 20
 _UPSTREAM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MAY_BE_SECRET = re.compile(r"key|token|secret|password|credential|authorization|cookie|proxy", re.IGNORECASE)
 _SECRET_KEY = re.compile(
     r"(^|[-_])(key|token|secret|password|credential|authorization|cookie)s?$", re.IGNORECASE
 )
@@ -330,7 +331,7 @@ class _Where:
         return f"{self.source}:{table} {key}"
 
     def error(self, key: str, value: object, expected: str) -> ConfigurationError:
-        hidden = bool(_SECRET_KEY.search(key)) and isinstance(value, str)
+        hidden = bool(_MAY_BE_SECRET.search(key)) and not isinstance(value, bool | int | float)
         return ConfigurationError(self.field(key), _Hidden() if hidden else value, expected)
 
     def refused(self, error: ConfigurationError) -> ConfigurationError:
@@ -447,7 +448,7 @@ def _upstream(name: str, value: object, where: _Where, defaults: Config) -> Upst
             advice = "api_key_env (the name of an environment variable) or api_key_file: a secret is not written here"
             raise where.unknown(key, list(_UPSTREAM_KEYS), hint=advice if _SECRET_KEY.search(key) else "")
         if key == "headers":
-            options[key] = _headers(given, where.table("headers"))
+            options[key] = _headers(given, where)
         elif key == "deadlines":
             options[key] = _merged(defaults.deadlines, given, where.table(key))
         elif key == "retry":
@@ -485,7 +486,7 @@ def _headers(value: object, where: _Where) -> dict[str, str]:
         raise ConfigurationError(where.field("headers"), _Hidden(), "a table of strings")
     for name, text in value.items():
         if not isinstance(text, str):
-            raise ConfigurationError(where.field(name), _Hidden(), "a string")
+            raise ConfigurationError(where.table("headers").field(name), _Hidden(), "a string")
     return dict(value)
 
 

@@ -43,6 +43,8 @@ ABORTED = 130
 """The exit code after a second SIGINT: 128 + SIGINT, as shells have it."""
 
 _PRUNE = 500
+_TELL_S = 2.0
+_LOOK_S = 0.01
 _WANTED_FILES = 65_536
 
 
@@ -197,6 +199,7 @@ class _Daemon:
             self._announce(ports[0])
             await self.ending.requested.wait()
             await self._wind_down(supervisor)
+            await _tell(server)
             nursery.cancel_scope.cancel(reason="all streams have settled")
 
     def _announce(self, port: int) -> None:
@@ -254,6 +257,14 @@ class _Daemon:
             deadlines=upstream.deadlines,
             meta={"model": model} if isinstance(model, str) else {},
         )
+
+
+async def _tell(server: ControlServer) -> None:
+    """Give the clients a moment to be sent the outcomes that they watch or wait for."""
+    with trio.move_on_after(_TELL_S):
+        while (figures := server.statistics()).subscriptions or figures.pending_requests:
+            await trio.sleep(_LOOK_S)
+        await trio.sleep(_LOOK_S)  # what was queued last is still on its way to the socket
 
 
 async def _retain(store: Store, policy: RetentionConfig) -> None:

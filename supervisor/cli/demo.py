@@ -213,11 +213,14 @@ async def _detached(stage: _Stage, scene: _Scene) -> None:
         cursor = events.cursor
     assert cursor is not None, "events were read"
     scene.note = "detached"
-    while True:
-        stream = await stage.client.get(scene.stream_id)
-        if stream.readers == 0 and stream.tail_seq >= cursor.seq + 15:
-            break
-        await trio.sleep(0.05)
+    unread = False
+    with trio.move_on_after(10):
+        while not unread:
+            stream = await stage.client.get(scene.stream_id)
+            unread = stream.readers == 0 and stream.tail_seq >= cursor.seq + 15
+            scene.note = f"detached: {stream.readers} readers, {stream.tail_seq} events"
+            await trio.sleep(0.05)
+    scene.check(f"it went on unread ({scene.note})", holds=unread)
     scene.note = f"re-attached after ({cursor.epoch}, {cursor.seq})"
     async with stage.client.subscribe(scene.stream_id, after=cursor, view="text") as events:
         async for event in events:

@@ -52,6 +52,7 @@ from supervisor.streams import Cursor
 __all__ = ["start", "watch"]
 
 Choice = Literal["detach", "cancel"]
+Policy = Literal["ask", "detach", "cancel"]
 _TABLE_STREAMS = 200
 
 
@@ -152,6 +153,14 @@ class _Following:
     choice: Choice | None = None
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     """Holds the reading: cancelled to detach."""
+    answered: trio.Event | None = None
+    """Set while Ctrl-C's question is open: nothing is written over it."""
+
+    async def take(self, event: EventMessage) -> None:
+        """Take an event, once no question is open."""
+        if self.answered is not None:
+            await self.answered.wait()
+        self.outcome = event.outcome
 
 
 async def _follow(client: ControlClient, events: EventStream, options: argparse.Namespace) -> int:
@@ -160,7 +169,7 @@ async def _follow(client: ControlClient, events: EventStream, options: argparse.
     with trio.open_signal_receiver(signal.SIGINT) as interrupts:
         async with events, trio.open_nursery() as nursery:
             following.scope = nursery.cancel_scope
-            policy = options.on_interrupt or "ask"
+            policy: Policy = options.on_interrupt or "ask"
             nursery.start_soon(_interrupted, client, events, interrupts, policy, following)
             await _show_events(events, options, following)
             nursery.cancel_scope.cancel(reason="the stream has ended")
@@ -184,15 +193,15 @@ async def _show_events(events: EventStream, options: argparse.Namespace, followi
         if events.snapshot is not None:
             print_json({"kind": "snapshot", **msgspec.to_builtins(events.snapshot)})
         async for event in events:
+            await following.take(event)
             print_json(msgspec.to_builtins(event))
-            following.outcome = event.outcome
         return
     with _status(events) as status:
         if events.snapshot is not None:
             status.write(events.snapshot.text)
         async for event in events:
+            await following.take(event)
             status.take(event)
-            following.outcome = event.outcome
 
 
 class _Status:
@@ -253,11 +262,17 @@ async def _interrupted(
     client: ControlClient,
     events: EventStream,
     interrupts: AsyncIterator[int],
-    policy: Literal["ask", "detach", "cancel"],
+    policy: Policy,
     following: _Following,
 ) -> None:
     async for _ in interrupts:
-        choice = await _ask(interrupts, events.id) if policy == "ask" else policy
+        choice: Choice | Literal["go on"]
+        if policy == "ask":
+            following.answered = trio.Event()
+            choice = await _ask(interrupts, events.id)
+            following.answered.set()
+        else:
+            choice = policy
         if choice == "go on":
             continue
         following.choice = choice
@@ -308,19 +323,18 @@ async def _watch_all(client: ControlClient, options: argparse.Namespace) -> int:
         display = stack.enter_context(Live(console=console(), auto_refresh=False)) if live else None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_until_interrupt, interrupts, nursery.cancel_scope)
-            while not idle:
+            while True:
                 page = await client.list(limit=_TABLE_STREAMS)
                 if display is not None:
                     display.update(streams_table(page.streams), refresh=True)
                 else:
                     seen = _print_changes(page.streams, seen, as_json=options.json)
-                idle = bool(options.until_idle) and all(
-                    stream.ended_at is not None for stream in page.streams
-                )
-                if not idle:
-                    await trio.sleep(options.interval)
+                if options.until_idle and all(stream.ended_at is not None for stream in page.streams):
+                    code = Exit.OK
+                    break
+                await trio.sleep(options.interval)
             nursery.cancel_scope.cancel(reason="no stream is live")
-    return Exit.OK if idle or not options.until_idle else Exit.INTERRUPTED
+    return code
 
 
 async def _until_interrupt(interrupts: AsyncIterator[int], scope: trio.CancelScope) -> None:

@@ -1,0 +1,261 @@
+"""The daemon as a process: how it starts, how it ends by each signal, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from supervisor.config import Config, ControlConfig, StoreConfig
+from supervisor.control import ControlClient, connect
+from supervisor.daemon import Ready, run
+from supervisor.errors import ConfigurationError, ControlClosedError, RequestError
+from supervisor.testing.upstream import Script
+from tests.e2e.processes import (
+    CREDENTIAL,
+    STOP_S,
+    TOKEN,
+    WAIT_S,
+    daemon,
+    environment,
+    outcome_of,
+    simulated_upstream,
+    start_stream,
+    wait_for_text,
+)
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with simulated_upstream(tmp_path_factory.mktemp("upstream")) as base_url:
+        yield base_url
+
+
+def outcome_after_restart(folder: Path, upstream: str, stream_id: str) -> str:
+    with daemon(folder, upstream) as again:
+        return again.ask(outcome_of(stream_id))
+
+
+def test_sigterm_lets_streams_end(tmp_path: Path, upstream: str) -> None:
+    """Within the grace a live stream ends by itself, its watcher sees it end, and nothing new is started; exit 0."""
+    with daemon(tmp_path, upstream, "--grace", "20") as process:
+
+        async def watch(client: ControlClient) -> str:
+            model = "sim/paced?tokens=60&interval_s=0.02"
+            started = await client.start("sim", {"model": model})
+            text = ""
+            async with client.subscribe(started.id, view="text") as events:
+                async for event in events:
+                    if not text and event.text:
+                        process.signal(signal.SIGTERM)
+                        with pytest.raises(RequestError, match="draining"):  # noqa: PT012  # until the signal is there
+                            while True:
+                                await client.start("sim", {"model": "sim/ok"}, key="late")
+                    text += event.text
+            assert text == Script(tokens=60).expected_text()
+            outcome = await client.wait(started.id)
+            assert outcome is not None
+            assert outcome.reason == "stop"
+            return started.id
+
+        stream_id = process.ask(watch)
+        assert process.wait() == 0
+    assert outcome_after_restart(tmp_path, upstream, stream_id) == "completed(stop)"
+
+
+def test_sigterm_cancels_what_is_left(tmp_path: Path, upstream: str) -> None:
+    """After the grace the rest is cancelled(shutdown), recorded, and its watchers are told; exit 0."""
+    with daemon(tmp_path, upstream, "--grace", "0.2") as process:
+        stream_id = process.ask(start_stream("sim/endless"))
+
+        async def watch(client: ControlClient) -> str:
+            async with client.subscribe(stream_id, after="tail") as events:
+                process.signal(signal.SIGTERM)
+                last = [event async for event in events][-1]
+            assert last.outcome is not None
+            return f"{last.outcome['state']}({last.outcome['reason']}) by {last.outcome['actor']}"
+
+        assert process.ask(watch) == "cancelled(shutdown) by SIGTERM"
+        assert process.wait() == 0
+    assert outcome_after_restart(tmp_path, upstream, stream_id) == "cancelled(shutdown)"
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_further_sigint_aborts(tmp_path: Path, upstream: str, first: int) -> None:
+    """SIGINT while draining cancels what is live at once, with outcomes; exit 130. A SIGTERM more changes nothing."""
+    with daemon(tmp_path, upstream, "--grace", "1000") as process:
+        stream_id = process.ask(start_stream("sim/endless"))
+        process.signal(first)
+        wait_for_text(tmp_path / "daemon.log", "draining for at most 1000 s")
+        process.signal(signal.SIGTERM)
+        assert process.ask(lambda client: client.get(stream_id)).state == "streaming"
+        process.signal(signal.SIGINT)
+        assert process.wait() == 130
+    assert outcome_after_restart(tmp_path, upstream, stream_id) == "cancelled(shutdown)"
+
+
+def test_sighup_reopens_the_log(tmp_path: Path, upstream: str) -> None:
+    """After a rotation and SIGHUP the log goes on in a new file, and the streams go on."""
+    log = tmp_path / "my.log"
+    with daemon(tmp_path, upstream, "--log-file", str(log), "--log-format", "json") as process:
+        stream_id = process.ask(start_stream("sim/endless"))
+        log.rename(tmp_path / "my.log.1")
+        process.signal(signal.SIGHUP)
+        wait_for_text(log, "reopened")
+        assert process.ask(lambda client: client.get(stream_id)).state == "streaming"
+    lines = [
+        json.loads(line)
+        for path in ("my.log.1", "my.log")
+        for line in (tmp_path / path).read_text().splitlines()
+    ]
+    assert "listening" in lines[0]["message"]
+    assert lines[-1]["message"] == "stopped"
+
+
+def test_shutdown_over_the_channel(tmp_path: Path, upstream: str) -> None:
+    """`supervisor.shutdown` is a SIGTERM with its own grace; the client is told 4000, come back later."""
+    with daemon(tmp_path, upstream) as process:
+
+        async def ask(client: ControlClient) -> int | None:
+            started = await client.start("sim", {"model": "sim/endless"})
+            await client.shutdown(grace_s=0)
+            with pytest.raises(ControlClosedError) as caught:
+                await client.wait("nobody") if await client.wait(started.id) is None else await _until_closed(
+                    client
+                )
+            return caught.value.code
+
+        assert process.ask(ask) == 4000
+        assert process.wait() == 0
+
+
+async def _until_closed(client: ControlClient) -> None:
+    while True:
+        await client.health()
+
+
+def test_ready(tmp_path: Path, upstream: str) -> None:
+    """The ready line and file say where it listens and hold no secret; the file goes when the daemon does."""
+    path = tmp_path / "ready.json"
+    with daemon(tmp_path, upstream, "--ready-file", str(path)) as process:
+        said = json.loads(path.read_text())
+        assert said == process.said
+        assert (process.process.pid, True, ["sim"]) == (
+            said["pid"],
+            said["token_required"],
+            said["upstreams"],
+        )
+        assert said["url"].startswith("ws://127.0.0.1:")
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0
+        assert not path.exists()
+        assert not list(tmp_path.glob(".ready*"))
+
+
+def serve(*options: str, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "supervisor.cli", "serve", *options]
+    return subprocess.run(
+        command, env=environment(**more), capture_output=True, text=True, timeout=STOP_S, check=False
+    )
+
+
+def test_what_cannot_be_served(tmp_path: Path, upstream: str) -> None:
+    """Beyond loopback without a token, a bad token file: exit 2. A port or a store in use, a broken file: exit 1."""
+    with daemon(tmp_path, upstream) as process:
+        port, store = process.url.rpartition(":")[2], str(tmp_path / "streams.db")
+        broken = tmp_path / "broken.db"
+        broken.write_bytes(b"this is not a database" * 1000)
+        for options, code, said in (
+            (["--host", "0.0.0.0", "--port", "0", "--store", ":memory:"], 2, "token"),
+            (["--token-file", str(tmp_path / "missing"), "--store", ":memory:"], 2, "missing"),
+            (["--port", "99999"], 2, "--port"),
+            (["--config", str(tmp_path / "missing.toml")], 2, "missing.toml"),
+            (["--port", port, "--store", ":memory:"], 1, "in use"),
+            (["--port", "0", "--store", store], 1, "streams.db"),
+            (["--port", "0", "--store", str(broken)], 1, "broken.db"),
+            (["--port", "0", "--store", "/nowhere/at/all.db"], 1, "/nowhere"),
+            (["--port", "0", "--store", ":memory:", "--log-file", "/nowhere/log"], 1, "/nowhere"),
+        ):
+            done = serve(*options)
+            assert (code, "") == (done.returncode, done.stdout), done.stderr
+            assert said in done.stderr
+            assert "Traceback" not in done.stderr
+
+
+def test_credentials_are_looked_for_at_start(tmp_path: Path, upstream: str) -> None:
+    """A start on an upstream whose credential is missing is refused, naming the variable; others work."""
+    config = f'[upstreams.other]\nbase_url = {json.dumps(upstream)}\napi_key_env = "NOT_SET"\n'
+    with daemon(tmp_path, upstream, "--store", ":memory:", config=config) as process:
+
+        async def ask(client: ControlClient) -> None:
+            with pytest.raises(RequestError, match="NOT_SET"):
+                await client.start("other", {"model": "sim/ok"})
+            with pytest.raises(RequestError, match="sim"):
+                await client.start("simm", {"model": "sim/ok"})
+            await client.start("sim", {"model": "sim/ok"})
+
+        process.ask(ask)
+
+
+def test_retention(tmp_path: Path, upstream: str) -> None:
+    """Ended streams beyond the configured number are removed from the store."""
+    config = "[retention]\nmax_ended = 2\nsweep_every_s = 0.05\n[limits]\nmax_finished = 1\n"
+    with daemon(tmp_path, upstream, config=config) as process:
+
+        async def ask(client: ControlClient) -> None:
+            ids = []
+            for _ in range(5):
+                started = await client.start("sim", {"model": "sim/ok"})
+                await client.wait(started.id)
+                ids.append(started.id)
+            while [stream.id for stream in (await client.list()).streams] != ids[:2:-1]:
+                await client.health()  # bounded by `ask`
+
+        process.ask(ask)
+
+
+async def test_in_process() -> None:
+    """`run` serves until cancelled, and raises plainly, not in a group, what it cannot use."""
+    told: list[Ready] = []
+    config = Config(store=StoreConfig(path=":memory:"), control=ControlConfig(port=0), discover=False)
+    with trio.fail_after(WAIT_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: run(config, environ={}, ready=told.append))
+            while not told:
+                await trio.lowlevel.checkpoint()
+            async with connect(told[0].url) as client:
+                assert (await client.health())["status"] == "ok"
+            nursery.cancel_scope.cancel()
+        with pytest.raises(ConfigurationError, match="token"):
+            await run(
+                Config(store=StoreConfig(path=":memory:"), control=ControlConfig(host="0.0.0.0", port=0)),
+                environ={},
+            )
+
+
+def test_nothing_secret_is_left(tmp_path: Path, upstream: str) -> None:
+    """With everything logged, at debug, neither credential nor token is in the log or the store."""
+    with daemon(tmp_path, upstream, "--log-level", "debug") as process:
+        process.ask(start_stream("sim/ok"))
+        process.ask(_use_badly)
+    for path in tmp_path.iterdir():
+        data = path.read_bytes()
+        assert CREDENTIAL.encode() not in data, path
+        assert path.name == "token" or TOKEN.encode() not in data, path
+
+
+async def _use_badly(client: ControlClient) -> None:
+    for model in (
+        "sim/401?echo_credential=true",
+        "sim/error?echo_credential=true",
+        "sim/garbage-head",
+        "sim/reset",
+    ):
+        started = await client.start("sim", {"model": model})
+        await client.wait(started.id)
