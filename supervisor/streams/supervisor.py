@@ -396,17 +396,16 @@ class Supervisor:
     ) -> builtins.list[CancelResult]:
         """Stop streams by exactly one of id, key, labels or `all_streams`, and tell what that came to for each.
 
-        As `Stream.cancel`. An unknown id raises UnknownStreamError. A key not seen yet leaves a tombstone: a start with it
-        within `Limits.tombstone_s` ends at once as `cancelled(requested)`. Many streams are stopped in slices.
+        As `Stream.cancel`. An unknown id raises UnknownStreamError. A key that no stream in memory holds leaves a tombstone: a
+        start with it within `Limits.tombstone_s` ends at once as `cancelled(requested)`. Many streams are stopped in slices.
         """
         _exactly_one(stream_id=stream_id, key=key, labels=labels, all_streams=all_streams or None)
         if key is not None and key not in self._keys:
-            stored = await self.store.get(key=key)
-            if stored is None and key not in self._keys:
-                self._bury(key, actor=actor, reason=reason)
-                return [CancelResult(outcome="tombstoned", id=None, key=key, state=None, reason=None)]
+            self._bury(key, actor=actor, reason=reason)
+            await trio.lowlevel.checkpoint()
+            return [CancelResult(outcome="tombstoned", id=None, key=key, state=None, reason=None)]
         if stream_id is not None or key is not None:
-            stream = await self.find(stream_id, key=key)
+            stream = await self.find(stream_id) if stream_id is not None else self._keys[str(key)]
             result = await stream.cancel(
                 reason=reason, actor=actor, mode=mode, drain_s=drain_s, wait_s=wait_s
             )

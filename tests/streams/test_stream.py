@@ -104,6 +104,40 @@ async def test_a_source_that_raises_is_failed_and_its_error_stays_inside():
     assert other.state is State.COMPLETED
 
 
+async def test_what_came_with_the_end_is_part_of_the_answer():
+    """Events added in the same read as the terminal marker, and not flushed yet, are in the journal before the seal."""
+
+    async def source(out):
+        out.append(b'{"text":"the "}', "", (Delta(text="the "),))
+        out.append(b'{"text":"end"}', "", (Delta(text="end"),))
+        out.complete("stop")
+
+    async with open_supervisor() as sup:
+        stream = await sup.start(source)
+        outcome = await stream.wait()
+        assert [event.text for event in await read_all(stream)] == ["the ", "end", ""]
+        assert outcome.last_seq == 3
+
+
+async def test_what_is_not_an_error_of_the_source_passes_through():
+    """A KeyboardInterrupt in a source is the program's: it comes out of the supervisor, and the stream has its outcome."""
+
+    async def source(out):
+        await out.send("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        async with open_supervisor() as sup:
+            stream = await sup.start(source)
+            await trio.sleep_forever()
+
+    assert (stream.outcome.state, stream.outcome.reason, stream.outcome.actor) == (
+        State.CANCELLED,
+        "shutdown",
+        "parent",
+    )
+
+
 async def test_a_source_can_say_that_it_failed():
     """`fail` keeps the fault as it was told."""
     fault = Fault(kind="overloaded", message="try later", temporary=True, retry_after_s=3.0)
@@ -359,23 +393,30 @@ async def test_nothing_of_the_ending_is_shown_before_it_is_durable():
     store = GatedStore()
     async with open_supervisor(store=store) as sup:
         stream = await sup.start(talking)
-        seen = []
-        results = []
+        seen, each, results = [], [], []
 
         async def watch():
-            seen.extend(await read_all(stream))
+            with stream.subscribe() as events:
+                seen.extend([event async for event in events if event.kind == "outcome"])
+
+        async def watch_each():
+            with stream.subscribe("tail") as events:
+                async for event in events:
+                    each.append(event.kind)
 
         async def stop():
             results.append(await stream.cancel(wait_s=60))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch)
+            nursery.start_soon(watch_each)
             await trio.testing.wait_all_tasks_blocked()
             store.hold()
             nursery.start_soon(stop)
             await trio.testing.wait_all_tasks_blocked()
 
             assert (stream.state, stream.outcome, results, seen) == (State.STOPPING, None, [], [])
+            assert "outcome" not in each
             assert stream.info().outcome is stream.info().reason is None
             assert sup.statistics().ended == {}
             early = await stream.cancel(wait_s=0)
@@ -386,7 +427,7 @@ async def test_nothing_of_the_ending_is_shown_before_it_is_durable():
 
             store.release()
 
-    assert (results[0].outcome, seen[-1].kind) == ("won", "outcome")
+    assert (results[0].outcome, seen[-1].kind, each[-1]) == ("won", "outcome", "outcome")
 
 
 async def test_an_outcome_that_cannot_be_recorded_is_an_error_to_everybody():
