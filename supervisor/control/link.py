@@ -83,6 +83,8 @@ class GuardedStream(trio.abc.Stream):
         self._broken = False
         self._close_sent = False
         self._open = False
+        self._reading = False
+        self._shut = False
         self.last_received = trio.current_time()
         self.fault: FrameError | None = None
         """What the peer did wrong, if that is why nothing more is received."""
@@ -114,10 +116,13 @@ class GuardedStream(trio.abc.Stream):
         return b""
 
     async def _read(self) -> bytes:
+        self._reading = True
         try:
             data = bytes(await self._transport.receive_some(_READ_BYTES))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             return b""
+        finally:
+            self._reading = False
         self.last_received = trio.current_time()
         return data
 
@@ -220,7 +225,14 @@ class GuardedStream(trio.abc.Stream):
         await trio.lowlevel.checkpoint()
 
     async def shut(self, code: int, reason: str) -> None:
-        """Close the connection: our Close frame, the peer's, then the transport; at most `close_s`, then by force."""
+        """Close the connection: our Close frame, the peer's, then the transport; at most `close_s`, then by force.
+
+        Only the first call does anything.
+        """
+        if self._shut:
+            await trio.lowlevel.checkpoint()
+            return
+        self._shut = True
         try:
             with trio.move_on_after(self._limits.close_s, shield=True):
                 if self._open and not self.stalled:
@@ -235,7 +247,9 @@ class GuardedStream(trio.abc.Stream):
 
     async def _wait_for_close(self) -> None:
         """Read until the peer's Close: closing a socket with unread data in it would take our own Close away."""
-        await self.over.wait()  # trio-websocket's reader goes on as long as it can
+        if self._reading:  # then trio-websocket's reader task goes on until there is no more
+            await self.over.wait()
+        self.over.set()  # else it is busy with what it has read, or gone: we read on in its place
         left = _DRAIN_BYTES
         while left > 0 and not self._scanner.close_received:
             data = await self._read()
@@ -250,12 +264,17 @@ class GuardedStream(trio.abc.Stream):
 
 
 class Outbox:
-    """Frames waiting for the writer, bounded in bytes; one frame may go over the bound."""
+    """Frames waiting for the writer, bounded in bytes; one frame may go over a bound.
+
+    Two bounds of the same size: one for what can wait to be queued (events, answers that took time), one for what cannot (an
+    answer given on the spot). So a client that is behind with its events can still ask, and one that only asks is noticed.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._frames: deque[bytes] = deque()
         self._bytes = 0
+        self._urgent_bytes = 0
         self._filled = trio.Event()
         self._room = trio.Event()
 
@@ -266,13 +285,14 @@ class Outbox:
 
     @property
     def has_room(self) -> bool:
-        """Whether another frame is accepted now."""
-        return self._bytes < self._max_bytes
+        """Whether more is accepted now of what can wait."""
+        return self._bytes - self._urgent_bytes < self._max_bytes
 
     def put_nowait(self, frame: bytes) -> None:
-        """Queue a frame. Raises WouldBlock when it is full."""
-        if not self.has_room:
+        """Queue a frame that cannot wait. Raises WouldBlock when too much of that kind is queued."""
+        if self._urgent_bytes >= self._max_bytes:
             raise trio.WouldBlock
+        self._urgent_bytes += len(frame)
         self.append(frame)
 
     def append(self, frame: bytes) -> None:
@@ -286,7 +306,7 @@ class Outbox:
         await trio.lowlevel.checkpoint()
         while not self.has_room:
             await self.wait_room()
-        self.put_nowait(frame)
+        self.append(frame)
 
     async def wait_room(self) -> None:
         """Wait until there may be room."""
@@ -307,7 +327,7 @@ class Outbox:
         """Take all that waits, joined; b"" if nothing does."""
         data = b"".join(self._frames)
         self._frames.clear()
-        self._bytes = 0
+        self._bytes = self._urgent_bytes = 0
         self._room.set()
         return data
 
@@ -338,7 +358,7 @@ class Link:
         await self.outbox.put(self.frame(message))
 
     def send_nowait(self, message: bytes) -> None:
-        """Queue a message. Raises WouldBlock when too much is waiting."""
+        """Queue a message that cannot wait. Raises WouldBlock when too much of that kind is waiting."""
         self.outbox.put_nowait(self.frame(message))
 
     async def receive(self) -> str | bytes:

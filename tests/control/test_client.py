@@ -156,6 +156,58 @@ async def test_a_cancelled_call_leaves_the_connection_usable() -> None:
         assert (await client.stats())["control"]["pending_requests"] == 0
 
 
+async def test_a_subscribe_cancelled_before_its_answer_leaves_no_subscription() -> None:
+    """The server has subscribed and its answer is on the way when the caller gives up: it is unsubscribed again."""
+    async with open_scene() as scene, connect(scene.url) as client:
+        started = await client.start("forever", {})
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                async with client.subscribe(started.id, after="tail"):
+                    raise AssertionError("it was cancelled before")
+
+            nursery.start_soon(watch)
+            while not scene.server.statistics().subscriptions:
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        with trio.fail_after(5):
+            while (await client.stats())["control"]["subscriptions"]:
+                pass
+
+
+async def test_a_resumed_event_stream_keeps_to_its_window() -> None:
+    """Credit that was owed on the lost connection is not granted again on the new one."""
+    async with open_scene() as scene, connect(scene.url, reconnect=True, limits=FAST) as client:
+        go = trio.Event()
+
+        async def burst(out: Output) -> None:
+            for number in range(3):
+                await out.send(f"{number} ")
+            await go.wait()
+            for number in range(3, 500):
+                await out.send(f"{number} ")
+
+        scene.sources["burst"] = burst
+        started = await client.start("burst", {})
+        async with client.subscribe(started.id, window=8) as events:
+            text = "".join([(await events.__anext__()).text for _ in range(3)])
+            with trio.move_on_after(0.02):
+                await events.__anext__()  # takes note that all three were consumed
+            await drop_all(scene)
+            while scene.server.statistics().accepted < 2:
+                await trio.lowlevel.checkpoint()
+            go.set()
+            most = 0
+            async for event in events:
+                text += event.text
+                await trio.testing.wait_all_tasks_blocked()
+                most = max(
+                    most, sum(n.last - n.first + 1 for n in events._notifications) + events._current_cost
+                )
+        assert text == "".join(f"{number} " for number in range(500))
+        assert most <= 8
+
+
 async def test_a_slow_consumer_holds_no_more_than_its_window() -> None:
     """Of a thousand events a consumer with a window of 8 is sent 8 at a time, and gets them all."""
     async with open_scene() as scene, connect(scene.url) as client:

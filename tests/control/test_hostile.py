@@ -293,23 +293,53 @@ async def test_connections_are_bounded() -> None:
         await scene.peer()
 
 
+async def test_a_handshake_that_ends_is_not_waited_for() -> None:
+    """A peer that hangs up, or was refused, in the middle of its handshake gives its place back at once."""
+    async with open_scene(limits=attrs.evolve(QUICK, handshake_s=3600.0)) as scene:
+        with trio.fail_after(5):
+            for request in (
+                b"",
+                b"GET / HTTP/1.1\r\n",
+                b"nonsense\r\n\r\n",
+                b"POST / HTTP/1.1\r\nHost: x\r\n\r\n",
+            ):
+                peer = await scene.dial()
+                await peer.send(request)
+                await peer.stream.send_eof()
+                await peer.closed_after_anything()
+        assert scene.server.statistics().handshakes == 0
+
+
 async def flood(out: Output) -> None:
     """Sixteen megabytes of text, in large events."""
     for _ in range(1000):
         await out.send("x" * 16_000)
 
 
+async def recent_in_memory(out: Output) -> None:
+    """As much text as the tail in memory holds, then nothing."""
+    for _ in range(13):
+        await out.send("x" * 16_000)
+    await trio.sleep_forever()
+
+
 async def test_a_client_that_never_reads_is_dropped_and_costs_nobody() -> None:
     """It subscribes to everything and reads nothing: its outbox stays bounded, it is dropped, its readers are closed."""
-    limits = attrs.evolve(QUICK, link=LinkLimits(stall_s=0.3, close_s=0.3))
+    limits = attrs.evolve(
+        QUICK, link=LinkLimits(stall_s=0.3, close_s=0.3), session=SessionLimits(max_requests=100)
+    )
     async with open_scene(limits=limits) as scene:
         scene.sources["flood"] = flood
+        scene.sources["recent"] = recent_in_memory
         async with bystander(scene):
             starter = await scene.peer()
             stream = (await starter.call("stream.start", upstream="flood", request={}))["result"]["id"]
+            recent = (await starter.call("stream.start", upstream="recent", request={}))["result"]["id"]
+            while (await starter.call("stream.get", id=recent))["result"]["tail_seq"] < 13:
+                pass
             sleeper = await scene.peer(receive_buffer=4096)
-            for _ in range(20):
-                await sleeper.ask("stream.subscribe", id=stream, credit=1_000_000)
+            for watched in [stream] * 20 + [recent] * 60:
+                await sleeper.ask("stream.subscribe", id=watched, credit=1_000_000)
             while not scene.server.statistics().stalled:
                 await starter.call("hello")
                 held = [session._link.outbox.nbytes for session in scene.server.sessions]

@@ -136,12 +136,11 @@ async def test_a_ping_after_our_close_is_not_passed_on() -> None:
 
 
 async def test_the_outbox_is_bounded_and_fair() -> None:
-    """`put` waits at the bound, `put_nowait` refuses, a cancelled `put` queues nothing, and order is kept."""
+    """`put` waits at the bound, a cancelled `put` queues nothing, and order is kept."""
     outbox = Outbox(10)
-    outbox.put_nowait(b"12345678")
-    outbox.put_nowait(b"long enough to go over")
-    with pytest.raises(trio.WouldBlock):
-        outbox.put_nowait(b"x")
+    await outbox.put(b"12345678")
+    await outbox.put(b"long enough to go over")
+    assert not outbox.has_room
     with trio.move_on_after(0):
         await outbox.put(b"cancelled")
     async with trio.open_nursery() as nursery:
@@ -151,3 +150,16 @@ async def test_the_outbox_is_bounded_and_fair() -> None:
         assert await outbox.take() == b"12345678long enough to go over"
     assert await outbox.take() == b"later"
     assert outbox.nbytes == 0
+
+
+async def test_answers_that_cannot_wait_have_a_bound_of_their_own() -> None:
+    """Behind a full outbox an answer can still be queued, up to the same bound; a client that only asks is refused then."""
+    outbox = Outbox(10)
+    await outbox.put(b"events" * 100)
+    outbox.put_nowait(b"answer 1")
+    outbox.put_nowait(b"answer 2")
+    with pytest.raises(trio.WouldBlock):
+        outbox.put_nowait(b"answer 3")
+    assert (await outbox.take()).endswith(b"answer 1answer 2")
+    outbox.put_nowait(b"a long answer")
+    assert outbox.has_room

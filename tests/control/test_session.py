@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from supervisor.control import ControlLimits, EventMessage, LinkLimits, SessionLimits, payload_of
-from supervisor.control.session import encode_events, encode_text
+from supervisor.control.session import _slices, encode_events, encode_text
 from supervisor.errors import StoreError
 from supervisor.stores import Event, MemoryStore, SQLiteStore
 from supervisor.streams import Limits, Output
@@ -430,6 +430,49 @@ async def test_a_server_that_ends_says_so() -> None:
                 await peer.frame()
         assert closed.value.code == 4000
         await peer.stream.aclose()
+
+
+def test_a_notification_stays_within_its_epoch_and_its_size() -> None:
+    """A batch is cut where the epoch changes, at the number of events, and before its payload grows too large."""
+
+    def event(seq: int, *, epoch: int = 1, size: int = 10) -> Event:
+        return Event(epoch, seq, 0.0, "data", b"x" * size)
+
+    def cut(*events: Event) -> list[list[int]]:
+        return [[event.seq for event in part] for part in _slices(events, 3, 100)]
+
+    assert cut() == []
+    assert cut(event(1), event(2), event(3, epoch=2), event(4, epoch=2)) == [[1, 2], [3, 4]]
+    assert cut(*map(event, range(1, 8))) == [[1, 2, 3], [4, 5, 6], [7]]
+    assert cut(event(1, size=60), event(2, size=60), event(3, size=500), event(4)) == [[1], [2], [3], [4]]
+
+
+class HesitantStore(MemoryStore):
+    """A store whose heads become durable when it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = trio.Event()
+        self.go = trio.Event()
+
+    async def wait_durable(self, stream_id: str, seq: int) -> None:
+        if not seq:
+            self.asked.set()
+            await self.go.wait()
+        await super().wait_durable(stream_id, seq)
+
+
+async def test_a_start_is_answered_when_it_is_recorded() -> None:
+    """The reply to `stream.start` waits for the head to be durable: what was promised survives a crash."""
+    store = HesitantStore()
+    async with open_scene(store=store) as scene:
+        peer = await scene.peer()
+        start = await peer.ask("stream.start", upstream="forever", request={})
+        await store.asked.wait()
+        hello = await peer.ask("hello")
+        assert (await peer.message())["id"] == hello
+        store.go.set()
+        assert (await peer.message())["id"] == start
 
 
 class ForgetfulStore(MemoryStore):
