@@ -1,7 +1,8 @@
 """The control channel: JSON-RPC 2.0 over WebSocket, its server and its client library."""
 
 from supervisor.control.auth import Access, Token
-from supervisor.control.client import ClientLimits, ControlClient, EventStream, connect, payload_of
+from supervisor.control.client import ClientLimits, ControlClient, connect
+from supervisor.control.event_stream import EventStream, payload_of
 from supervisor.control.link import LinkLimits
 from supervisor.control.messages import (
     SUBPROTOCOL,

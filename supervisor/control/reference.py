@@ -24,7 +24,8 @@ import attrs
 import msgspec
 
 from supervisor.control import link, messages, server, session
-from supervisor.control.messages import CLOSE_CODES, ERRORS, METHODS, NOTIFICATIONS, SUBPROTOCOL, CloseCode
+from supervisor.control.messages import CLOSE_CODES, METHODS, NOTIFICATIONS, SUBPROTOCOL, CloseCode
+from supervisor.control.rpc import ERRORS
 
 __all__ = ["main", "render"]
 

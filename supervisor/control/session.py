@@ -36,7 +36,6 @@ from supervisor.control.link import Link
 from supervisor.control.messages import (
     METHODS,
     SUBPROTOCOL,
-    Call,
     CancelManyResult,
     CancelParams,
     CancelResultMessage,
@@ -55,7 +54,6 @@ from supervisor.control.messages import (
     ReapParams,
     ReapResult,
     RequestCancelParams,
-    RpcError,
     ShutdownParams,
     ShutdownResult,
     SnapshotMessage,
@@ -69,12 +67,8 @@ from supervisor.control.messages import (
     UnsubscribeResult,
     WaitParams,
     WaitResult,
-    error_for,
-    error_reply,
-    parse,
-    read_params,
-    result_reply,
 )
+from supervisor.control.rpc import Call, RpcError, error_for, error_reply, parse, read_params, result_reply
 from supervisor.dialects import Snapshot
 from supervisor.errors import ControlClosedError, GapError, SupervisorError
 from supervisor.stores import Event

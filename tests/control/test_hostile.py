@@ -318,16 +318,14 @@ async def flood(out: Output) -> None:
 
 async def recent_in_memory(out: Output) -> None:
     """As much text as the tail in memory holds, then nothing."""
-    for _ in range(13):
+    for _ in range(7):  # 32 kB each: payload and text
         await out.send("x" * 16_000)
     await trio.sleep_forever()
 
 
 async def test_a_client_that_never_reads_is_dropped_and_costs_nobody() -> None:
     """It subscribes to everything and reads nothing: its outbox stays bounded, it is dropped, its readers are closed."""
-    limits = attrs.evolve(
-        QUICK, link=LinkLimits(stall_s=0.3, close_s=0.3), session=SessionLimits(max_requests=100)
-    )
+    limits = attrs.evolve(QUICK, link=LinkLimits(stall_s=0.3, close_s=0.3))
     async with open_scene(limits=limits) as scene:
         scene.sources["flood"] = flood
         scene.sources["recent"] = recent_in_memory
@@ -335,11 +333,16 @@ async def test_a_client_that_never_reads_is_dropped_and_costs_nobody() -> None:
             starter = await scene.peer()
             stream = (await starter.call("stream.start", upstream="flood", request={}))["result"]["id"]
             recent = (await starter.call("stream.start", upstream="recent", request={}))["result"]["id"]
-            while (await starter.call("stream.get", id=recent))["result"]["tail_seq"] < 13:
+            while (await starter.call("stream.get", id=recent))["result"]["tail_seq"] < 7:
                 pass
             sleeper = await scene.peer(receive_buffer=4096)
-            for watched in [stream] * 20 + [recent] * 60:
-                await sleeper.ask("stream.subscribe", id=watched, credit=1_000_000)
+            everything = [stream] * 20 + [recent] * 150
+            for watched in everything:
+                await sleeper.call("stream.subscribe", id=watched, credit=0)
+            for number in range(
+                1, len(everything) + 1
+            ):  # only now, so that all of them are ready at the same time
+                await sleeper.tell("stream.credit", sub=f"s{number}", credit=1_000_000)
             while not scene.server.statistics().stalled:
                 await starter.call("hello")
                 held = [session._link.outbox.nbytes for session in scene.server.sessions]

@@ -9,19 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supervisor import errors
-from supervisor.control import messages
+from supervisor.control import messages, rpc
 from supervisor.control.messages import (
-    Call,
     CancelParams,
     DeadlinesMessage,
-    RpcError,
     StartParams,
     StreamParams,
     SubscribeParams,
-    error_for,
-    parse,
-    read_params,
 )
+from supervisor.control.rpc import Call, RpcError, error_for, parse, read_params
 from supervisor.control.session import Session
 from supervisor.errors import (
     AdmissionError,
@@ -170,7 +166,7 @@ def test_every_error_of_ours_has_a_row() -> None:
     """Each SupervisorError maps to a kind of its own group, with its fields; nothing falls through to `internal`."""
     for value in vars(errors).values():
         if inspect.isclass(value) and issubclass(value, SupervisorError):
-            assert any(issubclass(value, row.raised) for row in messages.ERRORS if row.raised is not None)
+            assert any(issubclass(value, row.raised) for row in rpc.ERRORS if row.raised is not None)
     admission = error_for(AdmissionError(live=5, limit=5, retry_after_s=2.5))
     assert (admission.code, admission.data["kind"], admission.data["temporary"]) == (
         -32003,
@@ -198,7 +194,7 @@ def test_an_unexpected_error_tells_nothing() -> None:
 
 def test_codes_do_not_clash_and_every_method_has_a_handler() -> None:
     """One code means one kind, but for the two ways of a bad parameter; each method in the table can be called."""
-    codes = [row.code for row in messages.ERRORS if row.kind != "configuration"]
+    codes = [row.code for row in rpc.ERRORS if row.kind != "configuration"]
     assert len(codes) == len(set(codes))
     assert set(messages.METHODS) == set(Session.HANDLERS)
     assert all(4000 <= code <= 4999 for code in messages.CLOSE_CODES)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from supervisor.control import messages, reference
+from supervisor.control import messages, reference, rpc
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "control-protocol.md"
 
@@ -25,7 +25,7 @@ def test_check_tells_a_stale_page(tmp_path: Path) -> None:
 def test_everything_is_on_the_page() -> None:
     """Each method, notification, error kind, close code and limit is described."""
     page = reference.render()
-    wanted = [*messages.METHODS, *messages.NOTIFICATIONS, *(row.kind for row in messages.ERRORS)]
+    wanted = [*messages.METHODS, *messages.NOTIFICATIONS, *(row.kind for row in rpc.ERRORS)]
     wanted += [str(code) for code in messages.CLOSE_CODES] + [
         "max_message_bytes",
         "handshake_s",

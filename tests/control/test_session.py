@@ -123,7 +123,7 @@ async def test_positions() -> None:
         assert scene.server.statistics().subscriptions == 0
 
 
-async def test_the_view_text_joins_what_it_can() -> None:
+def test_the_view_text_joins_what_it_can() -> None:
     """In the view `text` runs of text become one event each, the rest stays, and positions are still contiguous."""
     events = [
         Event(1, 1, 1.0, "attempt", b'{"number":1}'),
