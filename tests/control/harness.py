@@ -66,6 +66,14 @@ async def forever(out: Output) -> None:
     await trio.sleep_forever()
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Let everybody else run until the condition holds."""
+    while True:
+        await trio.lowlevel.checkpoint()
+        if condition():
+            return
+
+
 @contextlib.asynccontextmanager
 async def open_scene(
     *,

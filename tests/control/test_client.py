@@ -15,7 +15,7 @@ from supervisor.control.frames import OP_TEXT, build_frame
 from supervisor.errors import ConfigurationError, ControlClosedError, GapError, RequestError
 from supervisor.streams import Cursor, Output, State, Supervisor, open_supervisor
 
-from .harness import Scene, open_scene
+from .harness import Scene, open_scene, until
 
 FAST = ClientLimits(connect_s=5, retry_initial_s=0.01, retry_max_s=0.02)
 TEN = "".join(f"t{number} " for number in range(10))
@@ -169,8 +169,7 @@ async def test_a_subscribe_cancelled_before_its_answer_leaves_no_subscription() 
                     raise AssertionError("it was cancelled before")
 
             nursery.start_soon(watch)
-            while not scene.server.statistics().subscriptions:  # noqa: ASYNC110  # the server's own figure
-                await trio.lowlevel.checkpoint()
+            await until(lambda: scene.server.statistics().subscriptions > 0)
             nursery.cancel_scope.cancel()
         with trio.fail_after(5):
             while (await client.stats())["control"]["subscriptions"]:
@@ -196,8 +195,7 @@ async def test_a_resumed_event_stream_keeps_to_its_window() -> None:
             with trio.move_on_after(0.02):
                 await events.__anext__()  # takes note that all three were consumed
             await drop_all(scene)
-            while scene.server.statistics().accepted < 2:  # noqa: ASYNC110  # the server's own figure
-                await trio.lowlevel.checkpoint()
+            await until(lambda: scene.server.statistics().accepted == 2)
             go.set()
             most = 0
             async for event in events:
