@@ -91,10 +91,11 @@ class Race:
         await the_instant(self.lead)
 
     def look(self) -> None:
-        """Law 3: whatever is shown of an ending is durable by then."""
+        """Laws 3 and 4: whatever is shown of an ending is durable by then, and the wire is closed."""
         info = self.stream.info()
         if info.state in TERMINAL_STATES or info.outcome is not None or self.stream.outcome is not None:
-            assert self.stream.id in self.store.durable_outcomes, "shown before it was durable"
+            assert self.stream.id in self.store.durable_outcomes, "law 3: shown before it was durable"
+            assert self.wire.opened == self.wire.closed, "law 4: over, and the wire is open"
 
     async def read(self) -> None:
         """Laws 2, 3 and 5, as a reader sees them."""
