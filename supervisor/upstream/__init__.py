@@ -1,5 +1,17 @@
 """HTTP to the provider: one connection per stream, on trio."""
 
+from supervisor.upstream.catalog import Credential, Upstream, discover
+from supervisor.upstream.retry import RetryPolicy
+from supervisor.upstream.source import HttpSource
 from supervisor.upstream.transport import Exchange, StreamTransport, TransportStatistics
 
-__all__ = ["Exchange", "StreamTransport", "TransportStatistics"]
+__all__ = [
+    "Credential",
+    "Exchange",
+    "HttpSource",
+    "RetryPolicy",
+    "StreamTransport",
+    "TransportStatistics",
+    "Upstream",
+    "discover",
+]

@@ -395,3 +395,17 @@ def test_as_its_own_process(stop: str) -> None:
             assert (process.returncode, errors) == (0, b"")
         finally:
             process.kill()
+
+
+async def test_exceptions_of_the_block_come_out_as_they_are() -> None:
+    """Leaving neither wraps nor swallows what the block raised, nor a cancel from outside."""
+    with pytest.raises(ZeroDivisionError):
+        async with SimulatedUpstream() as up:
+            await dial(up)
+            raise ZeroDivisionError
+    assert up.open_connections == []
+    with trio.CancelScope() as scope:
+        async with SimulatedUpstream():
+            scope.cancel()
+            await trio.sleep_forever()
+    assert scope.cancelled_caught

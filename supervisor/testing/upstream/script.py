@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 FaultName = Literal[
+    "bad-chunk",
     "bad-json",
     "drop",
     "drop-head",
@@ -56,7 +57,7 @@ FaultName = Literal[
     "silent",
     "stall",
 ]
-"""`drop`: close in the middle of an event. `end`: end the body well after `after` events, with no marker. `drop-head`,
+"""`bad-chunk`: break the chunked framing. `drop`: close in the middle of an event. `end`: end the body well after `after` events, with no marker. `drop-head`,
 `reset-head`: close or reset instead of answering. `silent`: never answer. `hang-after-finish`: no `[DONE]`, no end."""
 
 ErrorShape = Literal["data", "event", "chunk", "field", "bare", "string", "flat"]
@@ -355,7 +356,7 @@ def _streamed(script: Script, credential: str) -> Iterator[Step]:
 
 def _body(script: Script, credential: str) -> Iterator[Step]:
     total = script.pieces
-    stops = script.fault in ("bad-json", "drop", "end", "error", "oversized", "reset", "stall")
+    stops = script.fault in ("bad-chunk", "bad-json", "drop", "end", "error", "oversized", "reset", "stall")
     limit = total if not stops else script.after if total is None else min(total, script.after)
     yield from _tokens(script, 0, limit)
     match script.fault:
@@ -369,6 +370,10 @@ def _body(script: Script, credential: str) -> Iterator[Step]:
             return
         case "reset":
             yield Close(reset=True)
+            return
+        case "bad-chunk":
+            yield Send(b"not a size\r\n")
+            yield Close()
             return
         case "end":
             return

@@ -17,7 +17,7 @@ import ssl
 import struct
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -212,7 +212,12 @@ class SimulatedUpstream:
         await self._nursery.start(self.run)
         return self
 
-    async def __aexit__(
+    def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> Awaitable[bool | None]:
+        return self._leave(kind, value, trace)
+
+    async def _leave(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         assert self._entered is not None

@@ -1,0 +1,295 @@
+"""Upstreams: the configured provider endpoints, and the credentials for them.
+
+A `Credential` does not hold a secret; it says where one is. The secret is read when a request is built and lives in that
+request only, so there is nothing in an upstream, in its `repr`, in a pickle or a record that could leak. Secrets are
+also the reason for two refusals: a base URL with user information or a query, and a plain header whose name says that it
+carries a credential.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+import httpx
+
+from supervisor.dialects import Dialect
+from supervisor.dialects.catalog import find
+from supervisor.dialects.openai_chat import OPENAI_CHAT
+from supervisor.errors import ConfigurationError
+from supervisor.streams import Deadlines
+from supervisor.upstream.proxy import Proxy
+from supervisor.upstream.retry import RetryPolicy
+from supervisor.upstream.source import HttpSource
+
+if TYPE_CHECKING:
+    from supervisor.upstream.source import Transport
+
+__all__ = ["Credential", "Upstream", "discover"]
+
+MAX_SECRET_BYTES = 16 << 10
+MAX_HEADER_CHARS = 8 << 10
+MAX_HEADERS = 64
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,128}")  # RFC 9110 section 5.6.2
+_SECRET_HEADER = re.compile(
+    r"(^|[-_])(authorization|auth|api[-_]?key|access[-_]?key|subscription[-_]?key|token|secret|password|cookie|credentials?)$",
+    re.IGNORECASE,
+)
+_OURS = frozenset(
+    {
+        "accept", "accept-encoding", "connection", "content-encoding", "content-length", "content-type", "expect", "host",
+        "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade",
+    }
+)  # fmt: skip
+_PATHS: Mapping[str, str] = {"openai-chat": "/chat/completions"}
+
+_KNOWN: tuple[tuple[str, str, str], ...] = (
+    ("openai", "OPENAI_API_KEY", "https://api.openai.com/v1"),
+    ("openrouter", "OPENROUTER_API_KEY", "https://openrouter.ai/api/v1"),
+    ("groq", "GROQ_API_KEY", "https://api.groq.com/openai/v1"),
+    ("mistral", "MISTRAL_API_KEY", "https://api.mistral.ai/v1"),
+    ("deepseek", "DEEPSEEK_API_KEY", "https://api.deepseek.com/v1"),
+    ("xai", "XAI_API_KEY", "https://api.x.ai/v1"),
+    ("together", "TOGETHER_API_KEY", "https://api.together.xyz/v1"),
+    ("fireworks", "FIREWORKS_API_KEY", "https://api.fireworks.ai/inference/v1"),
+)
+"""Name, variable of the key, base URL: the providers that speak OpenAI's chat streaming."""
+
+
+# --- credentials -----------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Credential:
+    """Where the secret for an upstream is, and the header it goes into. Made by `from_env` or `from_file`."""
+
+    kind: Literal["env", "file"]
+    where: str
+    """The variable's name, or the file's path."""
+    header: str = "bearer"
+    """`bearer` (`Authorization: Bearer …`), or the name of a header that takes the secret as it is."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.kind not in ("env", "file"):
+            raise ConfigurationError("credential.kind", self.kind, "'env' or 'file'")
+        # What does not look like a variable's name may be the secret itself, put in the wrong place: never shown.
+        if self.kind == "env" and not _VARIABLE.fullmatch(self.where):
+            raise ConfigurationError("credential.env", "(not shown)", "the name of an environment variable")
+        if self.kind == "file" and (not self.where or "\0" in self.where):
+            raise ConfigurationError("credential.file", "(not shown)", "the path of a file")
+        if not _TOKEN.fullmatch(self.header) or self.header.lower() in _OURS:
+            raise ConfigurationError("credential.header", self.header, "'bearer' or the name of a header")
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.where}"
+
+    @classmethod
+    def from_env(cls, name: str, *, header: str = "bearer") -> Credential:
+        """Take the secret from an environment variable, read at each use."""
+        return cls(kind="env", where=name, header=header)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], *, header: str = "bearer") -> Credential:
+        """Take the secret from a file, read at each use; white space around it is dropped."""
+        return cls(kind="file", where=os.fspath(path), header=header)
+
+    def secret(self, environ: Mapping[str, str] | None = None) -> str:
+        """Return the secret. Do not keep it.
+
+        Raises ConfigurationError, naming the variable or file and never its content, if it is missing, or is not one
+        word of ASCII.
+        """
+        value = (
+            self._from_env(os.environ if environ is None else environ)
+            if self.kind == "env"
+            else self._from_file()
+        )
+        value = value.strip()
+        if not value:
+            raise ConfigurationError(f"credential {self}", "(empty)", "a secret")
+        if not value.isascii() or not value.isprintable() or " " in value or len(value) > MAX_SECRET_BYTES:
+            raise ConfigurationError(
+                f"credential {self}",
+                "(not shown)",
+                f"one word of at most {MAX_SECRET_BYTES} ASCII characters",
+            )
+        return value
+
+    def header_for(self, secret: str) -> tuple[str, str]:
+        """Return the name and value of the header that carries a secret."""
+        return (
+            ("Authorization", f"Bearer {secret}")
+            if self.header.lower() == "bearer"
+            else (self.header, secret)
+        )
+
+    def _from_env(self, environ: Mapping[str, str]) -> str:
+        try:
+            return environ[self.where]
+        except KeyError:
+            raise ConfigurationError(f"credential {self}", "(not set)", "the variable to be set") from None
+
+    def _from_file(self) -> str:
+        try:
+            with Path(self.where).open("rb") as file:
+                return file.read(MAX_SECRET_BYTES + 64).decode("ascii", "replace")
+        except OSError as exc:
+            raise ConfigurationError(
+                f"credential {self}", f"({exc.strerror or type(exc).__name__})", "a file that can be read"
+            ) from None
+
+
+# --- upstreams -------------------------------------------------------------------------------------------------------
+
+
+def _as_dialect(value: str | Dialect) -> Dialect:
+    return find(value) if isinstance(value, str) else value
+
+
+def _as_headers(value: Mapping[str, str]) -> Mapping[str, str]:
+    try:
+        return dict(value)
+    except (TypeError, ValueError):
+        raise ConfigurationError("upstream.headers", type(value), "a mapping of names to values") from None
+
+
+def _check_name(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not (isinstance(value, str) and _NAME.fullmatch(value)):
+        raise ConfigurationError(f"upstream.{attribute.name}", value, f"a name matching {_NAME.pattern}")
+
+
+def _check_base_url(instance: Upstream, attribute: attrs.Attribute[Any], value: object) -> None:
+    field = f"upstream {instance.name}: {attribute.name}"
+    expected = "an http:// or https:// URL with a host and without user information, query or fragment"
+    hidden = "(not shown: it may hold a secret)"
+    try:
+        url = httpx.URL(value if isinstance(value, str) else "")
+    except (httpx.InvalidURL, UnicodeError):
+        raise ConfigurationError(field, hidden, expected) from None
+    if url.userinfo or url.query or url.fragment or (isinstance(value, str) and {"?", "#", "@"} & set(value)):
+        raise ConfigurationError(field, hidden, expected)
+    if url.scheme not in ("http", "https") or not url.raw_host:
+        raise ConfigurationError(field, value, expected)
+
+
+def _check_dialect(instance: Upstream, _: attrs.Attribute[Any], value: Dialect) -> None:
+    if value.framing == "none":
+        raise ConfigurationError(
+            f"upstream {instance.name}: dialect", value.name, "a dialect that is read from a response's body"
+        )
+
+
+def _check_path(instance: Upstream, _: attrs.Attribute[Any], value: str | None) -> None:
+    field = f"upstream {instance.name}: path"
+    if value is None:
+        if instance.dialect.name not in _PATHS:
+            raise ConfigurationError(
+                field, value, f"a path, as the dialect {instance.dialect.name} has no default for it"
+            )
+    elif (
+        not value.startswith("/") or not value.isascii() or not value.isprintable() or set(value) & set(" #?")
+    ):
+        raise ConfigurationError(field, value, "a path that begins with /, without query or fragment")
+
+
+def _check_headers(instance: Upstream, _: attrs.Attribute[Any], value: Mapping[object, object]) -> None:
+    field = f"upstream {instance.name}: headers"
+    if len(value) > MAX_HEADERS:
+        raise ConfigurationError(field, f"{len(value)} headers", f"at most {MAX_HEADERS}")
+    for name, text in value.items():
+        if not isinstance(name, str) or not _TOKEN.fullmatch(name):
+            raise ConfigurationError(field, name, "names that are HTTP tokens")
+        if name.lower() in _OURS:
+            raise ConfigurationError(field, name, "headers other than those that the transport sets itself")
+        credential = instance.credential
+        if _SECRET_HEADER.search(name) or (
+            credential is not None and name.lower() == credential.header.lower()
+        ):
+            raise ConfigurationError(
+                field, name, f"no header that carries a secret: use credential with header = {name!r}"
+            )
+        if not isinstance(text, str) or not text.isascii() or not (text.isprintable() or not text):
+            raise ConfigurationError(f"{field}.{name}", "(not shown)", "printable ASCII, without line breaks")
+        if len(text) > MAX_HEADER_CHARS:
+            raise ConfigurationError(
+                f"{field}.{name}", "(not shown)", f"at most {MAX_HEADER_CHARS} characters"
+            )
+
+
+def _check_proxy(instance: Upstream, _: attrs.Attribute[Any], value: str | None) -> None:
+    if value not in (None, "direct"):
+        Proxy.parse(value, field=f"upstream {instance.name}: proxy")
+
+
+def _instance_of(kind: type, *, optional: bool = False) -> Any:
+    def check(instance: Upstream, attribute: attrs.Attribute[Any], value: object) -> None:
+        if not (isinstance(value, kind) or (optional and value is None)):
+            raise ConfigurationError(
+                f"upstream {instance.name}: {attribute.name}", type(value), f"a {kind.__name__}"
+            )
+
+    return check
+
+
+def _header_names(headers: Mapping[str, str]) -> str:
+    return f"<{', '.join(headers)}>"
+
+
+@attrs.frozen(kw_only=True)
+class Upstream:
+    """A configured provider endpoint. Raises ConfigurationError naming the field for a value it cannot have."""
+
+    name: str = attrs.field(validator=_check_name)
+    base_url: str = attrs.field(validator=_check_base_url)
+    """Up to and with the version, as for the providers' SDKs: `https://api.openai.com/v1`."""
+    dialect: Dialect = attrs.field(default=OPENAI_CHAT, converter=_as_dialect, validator=_check_dialect)
+    """How its streams are read; a name stands for a built-in one."""
+    path: str | None = attrs.field(default=None, validator=_check_path)
+    """What follows `base_url`; None: the dialect's own, such as `/chat/completions`."""
+    credential: Credential | None = attrs.field(
+        default=None, validator=_instance_of(Credential, optional=True)
+    )
+    headers: Mapping[str, str] = attrs.field(
+        factory=dict, converter=_as_headers, validator=_check_headers, repr=_header_names, hash=False
+    )
+    """Sent with each request. Not for secrets."""
+    proxy: str | None = attrs.field(default=None, validator=_check_proxy, repr=False)
+    """`http://[user:password@]host:port`, or `direct`; None: the transport's choice."""
+    retry: RetryPolicy = attrs.field(factory=RetryPolicy, validator=_instance_of(RetryPolicy))
+    deadlines: Deadlines | None = attrs.field(default=None, validator=_instance_of(Deadlines, optional=True))
+    """What streams of this upstream get that ask for none; None: the supervisor's."""
+
+    @property
+    def url(self) -> str:
+        """Where requests are posted."""
+        path = self.path if self.path is not None else _PATHS[self.dialect.name]
+        return f"{self.base_url.rstrip('/')}{path}"
+
+    def source(
+        self, request: Mapping[str, Any] | bytes, *, transport: Transport, retry: RetryPolicy | None = None
+    ) -> HttpSource:
+        """Return the source for one request. Raises ConfigurationError for a bad body or a missing credential."""
+        return HttpSource(self, request, transport=transport, retry=retry)
+
+
+def discover(environ: Mapping[str, str] | None = None) -> list[Upstream]:
+    """Return the upstreams that the environment has a key for: `OPENAI_API_KEY` (with `OPENAI_BASE_URL`) and the like.
+
+    The keys are looked at only for whether they are set; each is read from the process's environment when used. Raises
+    ConfigurationError for an `OPENAI_BASE_URL` that is no URL.
+    """
+    environ = os.environ if environ is None else environ
+    found = []
+    for name, variable, base_url in _KNOWN:
+        if not environ.get(variable, "").strip():
+            continue
+        base = environ.get("OPENAI_BASE_URL", "").strip() or base_url if name == "openai" else base_url
+        found.append(Upstream(name=name, base_url=base, credential=Credential.from_env(variable)))
+    return found

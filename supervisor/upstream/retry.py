@@ -1,0 +1,165 @@
+"""When an attempt is made again, and after how long.
+
+An answer that has begun is never asked for again here: the provider has generated, and billed, what was received, and a
+second answer would be another one. So attempts are repeated only before the first event, when nothing of an answer has
+been seen. Even then a request whose connection died after it was sent may have been worked on; that is accepted, as the
+providers' own SDKs accept it, and each attempt is in the journal.
+
+The delay is exponential backoff with *full jitter* (a uniform draw between zero and the exponential bound), which spreads
+the clients of a provider that recovers best. A `Retry-After` is obeyed in place of it, plus a little jitter, since a
+thousand streams that were refused together were told the same number. One that is longer than `retry_after_max_s` ends the
+stream with the provider's fault: holding it that long is the caller's decision, and the fault carries the number.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import attrs
+
+from supervisor.dialects import Fault
+from supervisor.errors import ConfigurationError
+
+__all__ = ["RETRIED_STATUSES", "RetryPolicy", "retry_after_s", "should_retry"]
+
+RETRIED_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+"""The HTTP statuses that are retried by default. 409 is what a provider's lock timeout looks like."""
+
+_NEVER = frozenset({"auth", "context_length", "content_filter"})
+_MAX_SECONDS = 1e9
+
+
+def _finite(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    del instance
+    good = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    if not good:
+        raise ConfigurationError(f"retry.{attribute.name}", value, "a number of seconds, 0 or more")
+
+
+def _attempts(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    del instance
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 100:
+        raise ConfigurationError(f"retry.{attribute.name}", value, "a whole number from 1 to 100")
+
+
+def _statuses(instance: object, attribute: attrs.Attribute[Any], value: frozenset[object]) -> None:
+    del instance
+    if not all(isinstance(status, int) and 400 <= status <= 599 for status in value):
+        raise ConfigurationError(
+            f"retry.{attribute.name}", sorted(map(str, value)), "HTTP statuses from 400 to 599"
+        )
+
+
+def _as_statuses(value: Iterable[int]) -> frozenset[int]:
+    try:
+        return frozenset(value)
+    except TypeError:
+        raise ConfigurationError("retry.statuses", value, "HTTP statuses from 400 to 599") from None
+
+
+@attrs.frozen(kw_only=True)
+class RetryPolicy:
+    """How often and how fast a stream's attempts are made, before its first event.
+
+    Raises ConfigurationError naming the field (`retry.attempts`, …) for a value it cannot have.
+    """
+
+    attempts: int = attrs.field(default=4, validator=_attempts)
+    """In all; 1: no retry."""
+    wait_initial_s: float = attrs.field(default=0.5, validator=_finite)
+    """The bound of the wait before the second attempt; it doubles with each."""
+    wait_max_s: float = attrs.field(default=30.0, validator=_finite)
+    """The bound of every wait that the upstream did not ask for."""
+    jitter_s: float = attrs.field(default=0.5, validator=_finite)
+    """The most that is added, at random, to a wait that the upstream asked for."""
+    retry_after_max_s: float = attrs.field(default=60.0, validator=_finite)
+    """A longer `Retry-After` is not waited for: the stream fails with the upstream's fault."""
+    statuses: frozenset[int] = attrs.field(
+        default=RETRIED_STATUSES, converter=_as_statuses, validator=_statuses
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if self.wait_max_s < self.wait_initial_s:
+            raise ConfigurationError(
+                "retry.wait_max_s",
+                self.wait_max_s,
+                f"at least retry.wait_initial_s ({self.wait_initial_s:g})",
+            )
+
+    def bound_s(self, failed: int) -> float:
+        """Return the longest wait, in seconds, after `failed` attempts (1 or more) without a `Retry-After`."""
+        # ldexp of a large exponent overflows; past 64 doublings any initial wait of use is over any bound of use
+        return min(self.wait_max_s, math.ldexp(self.wait_initial_s, min(failed - 1, 64)))
+
+    def delay_s(
+        self, failed: int, *, asked_s: float | None = None, draw: Callable[[], float] = random.random
+    ) -> float | None:
+        """Return the wait in seconds before the next attempt, None if there is to be none.
+
+        `failed` attempts were made; the upstream asked for a wait of `asked_s`, if it did. `draw` gives a number in [0, 1).
+        """
+        if failed >= self.attempts:
+            return None
+        if asked_s is None:
+            return draw() * self.bound_s(failed)
+        if asked_s > self.retry_after_max_s:
+            return None
+        return asked_s + draw() * self.jitter_s
+
+
+def should_retry(policy: RetryPolicy, status: int, fault: Fault, headers: Mapping[str, str]) -> bool:
+    """Say whether an HTTP error is worth another attempt.
+
+    An `x-should-retry` of the provider decides; else the status, unless the fault is one that time does not heal (a
+    refused credential, a used-up quota, a prompt that is too long).
+    """
+    said = headers.get("x-should-retry", "").strip().lower()
+    if said in {"true", "false"}:
+        return said == "true"
+    if fault.kind in _NEVER or (fault.kind == "rate_limit" and not fault.temporary):
+        return False
+    return status in policy.statuses
+
+
+def retry_after_s(headers: Mapping[str, str], *, now: float | None = None) -> float | None:
+    """Return the wait that a response asks for, in seconds; None if it does not, or not in a way that can be read.
+
+    `retry-after-ms` is preferred, as the more exact; then `Retry-After` in seconds or as a date (RFC 9110 section 10.2.3),
+    which is taken relative to the response's own `Date` where there is one, so that a wrong clock does no harm.
+    """
+    milliseconds = _number(headers.get("retry-after-ms"))
+    if milliseconds is not None:
+        return milliseconds / 1000
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    seconds = _number(value)
+    if seconds is not None:
+        return seconds
+    due = _date(value)
+    if due is None:
+        return None
+    since = _date(headers.get("date", ""))
+    if since is None:
+        since = time.time() if now is None else now
+    return max(0.0, due - since)
+
+
+def _number(value: str | None) -> float | None:
+    try:
+        number = float(value or "")
+    except ValueError:
+        return None
+    return number if 0 <= number <= _MAX_SECONDS else None
+
+
+def _date(value: str) -> float | None:
+    try:
+        return email.utils.parsedate_to_datetime(value).timestamp()
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None
