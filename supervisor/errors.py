@@ -80,12 +80,13 @@ class KeyConflictError(SupervisorError):
 
 
 class AdmissionError(SupervisorError):
-    """The supervisor is at its limit of live streams. Nothing was started; try again after `retry_after_s`."""
+    """At a limit, by default that of live streams: nothing was started; try again after `retry_after_s`."""
 
-    def __init__(self, *, live: int, limit: int, retry_after_s: float) -> None:
+    def __init__(self, *, live: int, limit: int, retry_after_s: float, what: str = "live streams") -> None:
         super().__init__(
-            f"{live} streams are live and the limit is {limit}; nothing was started, retry in {retry_after_s:g} s"
+            f"there are {live} {what} and the limit is {limit}; nothing was started, retry in {retry_after_s:g} s"
         )
+        self.what = what
         self.live = live
         self.limit = limit
         self.retry_after_s = retry_after_s
@@ -98,7 +99,14 @@ class GapError(SupervisorError):
     """
 
     def __init__(
-        self, *, stream_id: str, epoch: int, after_epoch: int, after_seq: int, earliest_seq: int, tail_seq: int
+        self,
+        *,
+        stream_id: str,
+        epoch: int,
+        after_epoch: int,
+        after_seq: int,
+        earliest_seq: int,
+        tail_seq: int,
     ) -> None:
         super().__init__(
             f"stream {stream_id}: the events after ({after_epoch}, {after_seq}) are gone; epoch {epoch} can be read "

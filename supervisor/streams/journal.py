@@ -150,8 +150,7 @@ class Journal:
         self.epoch_starts += ((self.epoch, self.tail_seq + 1),)
 
     def seal(self) -> None:
-        """Publish what was added, and take nothing more."""
-        self.publish()
+        """Take nothing more. What was added is to be published first."""
         self._sealed = True
 
     def write_outcome(self, event: Event, *, state: str, ended_at: float) -> None:

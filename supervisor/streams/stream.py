@@ -439,8 +439,15 @@ class Stream:
         if not self._lifecycle.seal(verdict):
             return False
         self._sealed_at = time.time()
-        if self._journal.publish():
-            self._published()
+        try:
+            if self._journal.publish():
+                self._published()
+        except (
+            StoreError
+        ) as error:  # a seal does not fail: the outcome will find the store in the same state, and tell
+            _log.error(
+                "stream %s: its last events could not be handed to the store: %s", self.id, error
+            )  # the store's error says it all
         self._journal.seal()
         self._clocks.stop()
         self._clocks.set("cleanup", trio.current_time() + self._supervisor.limits.cleanup_s)

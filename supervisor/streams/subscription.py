@@ -109,11 +109,16 @@ class Subscription:
         return self._journal.closed and self.cursor.seq >= self._journal.published_seq
 
     def take_nowait(self, max_events: int | None = None) -> Sequence[Event] | None:
-        """Take what is in memory after the cursor: `()` if nothing is new, None if it must be read with `next_batch`."""
+        """Take what is in memory after the cursor: `()` if nothing is new, None if it must be read with `next_batch`.
+
+        Raises StoreError if nothing more will come because the outcome could not be recorded.
+        """
         self._check_entered()
         batch = self._journal.take(self._cursor.seq, max_events or self._max_batch)
         if batch:
             self._cursor = Cursor(batch[-1].epoch, batch[-1].seq)
+        elif batch is not None and self._journal.failure is not None and not self._closed:
+            raise self._journal.failure
         return batch
 
     async def next_batch(self, max_events: int | None = None) -> Sequence[Event]:
@@ -131,8 +136,6 @@ class Subscription:
                 self._cursor = Cursor(batch[-1].epoch, batch[-1].seq)
             if batch or self.at_end or self._closed:
                 return batch
-            if self._journal.failure is not None:
-                raise self._journal.failure
             self._arrived = trio.Event()
             await self._arrived.wait()
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -34,6 +35,7 @@ from supervisor.errors import (
     AdmissionError,
     ConfigurationError,
     KeyConflictError,
+    StoreError,
     SupervisorClosedError,
     UnknownStreamError,
 )
@@ -232,13 +234,17 @@ class Supervisor:
             if on_conflict == "reject":
                 assert key is not None, "only a key has a holder"
                 raise KeyConflictError(key, stream_id=holder.id, state=holder.state.value)
-        stream_id = self._new_id()
         self._admit(replacing=holder)
+        stream = Stream(self, self._new_id(), spec, source, dialect=chosen or self._dialects["native"])
+        self.store.create(
+            StoredStream(id=stream.id, key=spec.key, created_at=stream.created_at, head=head)
+        )  # first: if it refuses, nothing else has changed
         if holder is not None:
-            holder.stop_for("replaced", actor=stream_id)
+            holder.stop_for("replaced", actor=stream.id)
         if chosen is not None:
             self._dialects.setdefault(chosen.name, chosen)
-        return Started(self._register(stream_id, spec, source, chosen, head), created=True)
+        self._register(stream, spec)
+        return Started(stream, created=True)
 
     def _admit(self, *, replacing: Stream | None) -> None:
         """Make sure that there is room for one more, or raise AdmissionError with nothing changed."""
@@ -257,25 +263,21 @@ class Supervisor:
             message = f"{busy} streams are live and the limit is {self.limits.max_live}; the oldest made room"
             self.memory.reap(oldest, "reaped_count", message)
 
-    def _register(
-        self, stream_id: str, spec: StreamSpec, source: Source, dialect: Dialect | None, head: bytes
-    ) -> Stream:
-        stream = Stream(self, stream_id, spec, source, dialect=dialect or self._dialects["native"])
-        self._live[stream_id] = stream
-        self._idle = trio.Event() if self._idle.is_set() else self._idle
+    def _register(self, stream: Stream, spec: StreamSpec) -> None:
+        self._live[stream.id] = stream
+        if self._idle.is_set():
+            self._idle = trio.Event()
         if spec.key is not None:
             self._keys[spec.key] = stream
         self._started += 1
-        self.store.create(StoredStream(id=stream_id, key=spec.key, created_at=stream.created_at, head=head))
         stream.arm_first_clocks()
         self.memory.admitted(stream)
-        self._nursery.start_soon(stream.run, name=f"stream {stream_id}")
+        self._nursery.start_soon(stream.run, name=f"stream {stream.id}")
         if spec.delivery == "durable":
-            self._nursery.start_soon(stream.follow_durability, name=f"durability of {stream_id}")
+            self._nursery.start_soon(stream.follow_durability, name=f"durability of {stream.id}")
         tombstone = self._tombstones.pop(spec.key, None) if spec.key is not None else None
         if tombstone is not None and tombstone.expires > trio.current_time():
             stream.stop_for("requested", actor=tombstone.actor, message=tombstone.reason)
-        return stream
 
     # --- finding -----------------------------------------------------------------------------------------------------
 
@@ -455,15 +457,15 @@ class Supervisor:
         """Drain for `grace_s`, then end what is left as `cancelled(shutdown)`, in slices, and wait for the outcomes."""
         await self.drain(timeout_s=grace_s)
         while self._live:
-            for stream in list(self._live.values())[:SLICE]:
+            for stream in builtins.list(itertools.islice(self._live.values(), SLICE)):
                 stream.stop_for("shutdown", actor=actor)
             await trio.lowlevel.checkpoint()
         await self._wait_idle()
 
     async def _wait_idle(self) -> None:
+        await trio.lowlevel.checkpoint()
         while self._live or self._settling:
             await self._idle.wait()
-        await trio.lowlevel.checkpoint()
 
     # --- telling -----------------------------------------------------------------------------------------------------
 
@@ -577,8 +579,8 @@ class Supervisor:
         return len(interrupted)
 
     async def close(self) -> None:
-        """Wait for the live streams, as a nursery does, and stop the housekeeping."""
-        await self.drain()
+        """Wait for the live streams, and for those they start, as a nursery does; then stop the housekeeping."""
+        await self._wait_idle()
         self._phase = "closed"
         self._nursery.cancel_scope.cancel(reason="the supervisor is closed")
 
@@ -643,9 +645,11 @@ async def _run_store(store: Store, *, task_status: trio.TaskStatus[None]) -> Non
 
 
 def _reraise(group: BaseExceptionGroup[BaseException]) -> None:
-    """Raise a group's one exception by itself, or one `Cancelled` for a group of nothing else; else return."""
+    """Raise a group's one exception by itself, or the first of several that say the same; else return."""
     leaves = list(_leaves(group))
-    if len(leaves) == 1 or all(isinstance(leaf, trio.Cancelled) for leaf in leaves):
+    if len(leaves) == 1 or any(
+        all(isinstance(leaf, kind) for leaf in leaves) for kind in (trio.Cancelled, StoreError)
+    ):
         leaf = leaves[0]
         context = leaf.__context__
         try:

@@ -116,9 +116,10 @@ async def test_a_cursor_is_good_if_its_epoch_reached_it(cursor: Cursor, good: bo
 
 
 async def test_nothing_is_added_after_the_seal():
-    """What was added before it is published; what comes after it is refused."""
+    """What was added before it stays; what comes after it is refused."""
     journal = journal_on(MemoryStore())
     journal.add(0.0, "data", b"{}")
+    journal.publish()
     journal.seal()
 
     assert journal.visible_seq == 1

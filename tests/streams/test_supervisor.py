@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
+import trio.lowlevel
 
 from supervisor import (
     AdmissionError,
@@ -503,6 +504,77 @@ async def test_a_reader_that_saw_more_than_was_durable_is_told_so():
         assert (caught.value.epoch, caught.value.tail_seq) == (2, 4)
         with cut.subscribe(Cursor(1, 3)) as events:
             assert [event.kind async for event in events] == ["outcome"]
+
+
+async def test_a_store_that_refuses_a_new_stream_changes_nothing():
+    """The start raises the store's error; the key's holder goes on, and nothing is left of the new one."""
+
+    class Choosy(MemoryStore):
+        full = False
+
+        def create(self, stream):
+            if self.full:
+                raise StoreError("no room")
+            super().create(stream)
+
+    store = Choosy()
+    async with open_supervisor(store=store) as sup:
+        holder = await sup.start(silent, key="k")
+        store.full = True
+        with pytest.raises(StoreError, match="no room"):
+            await sup.start(silent, key="k", on_conflict="replace")
+        assert sup.get_by_key("k") is holder
+        assert sup.list() == [holder.info()] or len(sup.list()) == 1
+        assert holder.state is State.CONNECTING
+        await holder.cancel()
+
+
+async def test_a_store_that_dies_ends_everything_and_nobody_is_told_an_ending():
+    """Its error comes out of the block by itself; whoever waits for a stream gets it too."""
+
+    class Dying(MemoryStore):
+        dying = trio.Event()
+
+        async def run(self, *, task_status=trio.TASK_STATUS_IGNORED):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(super().run)
+                task_status.started()
+                await self.dying.wait()
+                raise StoreError("the disk is gone")
+
+    store = Dying()
+    told = []
+    with pytest.raises(StoreError, match="the disk is gone"):
+        async with open_supervisor(store=store) as sup:
+            stream = await sup.start(silent)
+
+            async def wait():
+                try:
+                    await stream.wait()
+                except StoreError as error:
+                    told.append(error)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(wait)
+                await trio.testing.wait_all_tasks_blocked()
+                store.dying.set()
+
+    assert stream.outcome is None
+    assert stream.state is State.STOPPING
+
+
+async def test_a_stream_may_start_others_while_the_block_is_left():
+    """As a task in a nursery may."""
+    inner = []
+
+    async def outer(out):
+        await trio.lowlevel.checkpoint()
+        inner.append(await sup.start(words))
+
+    async with open_supervisor() as sup:
+        await sup.start(outer)
+
+    assert inner[0].outcome.state is State.COMPLETED
 
 
 async def test_a_store_that_cannot_be_opened_is_the_programs_error():
