@@ -77,11 +77,12 @@ async def test_events_are_seen_as_they_come() -> None:
     async with bench() as b:
         stream = await b.start("sim/stall?after=2")
         seen = b""
-        async with stream.subscribe() as events:
-            async for event in events:
-                seen += event.payload
-                if b'"w1 "' in seen:
-                    break
+        with trio.fail_after(10):  # less than the idle clock, whose expiry would publish them too
+            async with stream.subscribe() as events:
+                async for event in events:
+                    seen += event.payload
+                    if b'"w1 "' in seen:
+                        break
         assert stream.snapshot().text == "w0 w1 "
         await stream.cancel()
 
