@@ -122,9 +122,13 @@ class Control(trio.abc.Instrument):
         An error from before its first step passes through, and so does KeyboardInterrupt while it is wound down.
         """
         self._limit = self.max_steps
+        value: Any = None
+        error: BaseException | None = None
         with _installed(self):
-            result = outcome.capture(trio.run, self._main(), clock=clock, instruments=[*instruments, self])
-        error = result.error if isinstance(result, outcome.Error) else None
+            try:
+                value = trio.run(self._main(), clock=clock, instruments=[*instruments, self])
+            except BaseException as raised:  # noqa: BLE001  # part of the result, unless raised again below
+                error = raised
         if error is not None and (
             not self.steps or (self._stopped_by is not None and isinstance(error, KeyboardInterrupt))
         ):
@@ -134,7 +138,7 @@ class Control(trio.abc.Instrument):
         if self._stopped_by is not None:
             error = None
         return Ran(
-            value=result.value if isinstance(result, outcome.Value) else None,
+            value=value,
             error=error,
             stopped_by=self._stopped_by,
             choices=tuple(self._choices),
