@@ -262,7 +262,7 @@ class _Daemon:
 async def _tell(server: ControlServer) -> None:
     """Give the clients a moment to be sent the outcomes that they watch or wait for."""
     with trio.move_on_after(_TELL_S):
-        while (figures := server.statistics()).subscriptions or figures.pending_requests:
+        while (figures := server.statistics()).subscriptions or figures.pending_requests:  # noqa: ASYNC110  # a last look, bounded; nothing tells
             await trio.sleep(_LOOK_S)
         await trio.sleep(_LOOK_S)  # what was queued last is still on its way to the socket
 

@@ -97,7 +97,7 @@ def test_start_follows(shell: Shell) -> None:
 def test_start_as_json(shell: Shell) -> None:
     """With --json every event is a line, the start first and the outcome last."""
     events = shell.json("start", "sim", "hello", "--model", "sim/ok")
-    assert ("started", "outcome") == (events[0]["kind"], events[-1]["kind"])
+    assert (events[0]["kind"], events[-1]["kind"]) == ("started", "outcome")
     assert Script().expected_text() == "".join(event.get("text", "") for event in events)
     assert events[-1]["outcome"]["id"] == events[0]["id"]
 
@@ -168,7 +168,7 @@ def test_start_takes_requests(shell: Shell, tmp_path: Path, monkeypatch: pytest.
 def test_wrong_usage(shell: Shell, argv: list[str], said: str) -> None:
     """Wrong usage is exit 2, and says what would be right."""
     code, out, err = shell(*argv)
-    assert (Exit.USAGE, "") == (code, out)
+    assert (code, out) == (Exit.USAGE, "")
     assert said in err
     assert "Traceback" not in err
 
@@ -204,7 +204,7 @@ def test_watch_from_anywhere(shell: Shell) -> None:
     assert (0, whole) == shell("watch", stream_id)[:2]
     assert (0, whole) == shell("watch", stream_id, "--after", "snapshot")[:2]
     code, out, err = shell("watch", stream_id, "--after", "tail")
-    assert (0, "") == (code, out)
+    assert (code, out) == (0, "")
     assert "completed(stop)" in err
     events = shell.json("watch", stream_id, "--events")
     assert {"attempt", "data", "outcome"} == {event["kind"] for event in events}
@@ -277,7 +277,7 @@ def test_unknown_streams(shell: Shell) -> None:
     """An id that nobody has is exit 5, whoever asks."""
     for argv in (["show", "nobody"], ["watch", "nobody"], ["cancel", "nobody"], ["watch", "--key", "nobody"]):
         code, out, err = shell(*argv)
-        assert (Exit.UNKNOWN_STREAM, "") == (code, out)
+        assert (code, out) == (Exit.UNKNOWN_STREAM, "")
         assert "nobody" in err
 
 
@@ -292,8 +292,9 @@ def test_cancel(shell: Shell) -> None:
     assert "won" in out
     assert shell.json("cancel", one)[0]["outcome"] == "already_terminal"
     (told,) = shell.json("show", one)
-    assert ("requested", "no longer needed") == tuple(
-        told["stream"]["outcome"][name] for name in ("reason", "message")
+    assert tuple(told["stream"]["outcome"][name] for name in ("reason", "message")) == (
+        "requested",
+        "no longer needed",
     )
     few = {shell.start("sim/endless", "--label", "kind=cancel") for _ in range(3)}
     other = shell.start("sim/endless")
@@ -311,7 +312,7 @@ def test_figures(shell: Shell) -> None:
     assert shell.json("health")[0]["status"] == "ok"
     assert "ok" in shell("health")[1]
     (report,) = shell.json("reap", "--dry-run")
-    assert (True, []) == (report["dry_run"], report["reaped"])
+    assert (report["dry_run"], report["reaped"]) == (True, [])
     assert "0 were reaped" in shell("reap")[2]
 
 
@@ -354,7 +355,7 @@ def test_check_config(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "X_KEY" in err  # not set: a warning
     monkeypatch.setenv("X_KEY", CREDENTIAL)
     (told,) = shell.json("check-config", "--config", str(path))
-    assert (True, [], "openai-chat") == (told["ok"], told["warnings"], told["upstreams"]["x"]["dialect"])
+    assert (told["ok"], told["warnings"], told["upstreams"]["x"]["dialect"]) == (True, [], "openai-chat")
     assert told["settings"]["limits"]["max_live"] == 10_000
     path.write_text("[limits]\nmax_liv = 1")
     code, _, err = shell("check-config", str(path))
@@ -455,7 +456,7 @@ def test_interrupt_asks(shell: Shell, answer: bytes, code: int) -> None:
         stderr=theirs,
         env=env,
         start_new_session=True,
-        preexec_fn=_own_terminal,
+        preexec_fn=_own_terminal,  # noqa: PLW1509  # no threads run here, and nothing else can give it the terminal
     ) as process:
         os.close(theirs)
         try:

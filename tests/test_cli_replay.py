@@ -23,7 +23,7 @@ FIELDS = [
 
 
 def check(case: dict[str, Any], told: dict[str, Any]) -> None:
-    assert FIELDS == list(told)
+    assert list(told) == FIELDS
     assert STATES[case["expected_terminal"]] == told["state"]
     assert case["expected_text"] == told["text"]
     assert case["expected_reasoning"] == told["reasoning"]
@@ -56,7 +56,7 @@ def test_as_a_program() -> None:
     files = [case["file"] for case in TRANSCRIPTS]
     command = [sys.executable, "-m", "supervisor.cli", "replay", "--dialect", "openai-chat", "--json", *files]
     done = subprocess.run(command, cwd=FOLDER, capture_output=True, timeout=60, check=False)
-    assert (0, b"") == (done.returncode, done.stderr)
+    assert (done.returncode, done.stderr) == (0, b"")
     for case, line in zip(TRANSCRIPTS, done.stdout.splitlines(), strict=True):
         check(case, json.loads(line))
 

@@ -54,7 +54,7 @@ def test_sigterm_lets_streams_end(tmp_path: Path, upstream: str) -> None:
                 async for event in events:
                     if not text and event.text:
                         process.signal(signal.SIGTERM)
-                        with pytest.raises(RequestError, match="draining"):  # noqa: PT012  # until the signal is there
+                        with pytest.raises(RequestError, match="draining"):  # until the signal is there
                             while True:
                                 await client.start("sim", {"model": "sim/ok"}, key="late")
                     text += event.text
@@ -223,12 +223,17 @@ def test_retention(tmp_path: Path, upstream: str) -> None:
 async def test_in_process() -> None:
     """`run` serves until cancelled, and raises plainly, not in a group, what it cannot use."""
     told: list[Ready] = []
+    is_ready = trio.Event()
+
+    def ready(state: Ready) -> None:
+        told.append(state)
+        is_ready.set()
+
     config = Config(store=StoreConfig(path=":memory:"), control=ControlConfig(port=0), discover=False)
     with trio.fail_after(WAIT_S):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(lambda: run(config, environ={}, ready=told.append))
-            while not told:
-                await trio.lowlevel.checkpoint()
+            nursery.start_soon(lambda: run(config, environ={}, ready=ready))
+            await is_ready.wait()
             async with connect(told[0].url) as client:
                 assert (await client.health())["status"] == "ok"
             nursery.cancel_scope.cancel()

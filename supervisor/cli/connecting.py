@@ -65,7 +65,7 @@ def run_reporting(main: Callable[[], Awaitable[int]]) -> int:
 
     try:
         return trio.run(run)
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt, BaseExceptionGroup) as error:
         first = _first(error)
         if isinstance(first, BrokenPipeError):
             raise first from None

@@ -32,7 +32,7 @@ from rich.text import Text
 
 from supervisor.cli.connecting import run_reporting
 from supervisor.cli.exits import Exit
-from supervisor.cli.render import complain, console, print_json, styled_state, table
+from supervisor.cli.render import complain, console, print_json, styled_state, table, visible
 from supervisor.control import ControlClient, DeadlinesMessage, EventMessage, EventStream, connect
 from supervisor.errors import SupervisorError
 from supervisor.testing.upstream import SimulatedUpstream, UpstreamRequest, script_for_model
@@ -62,7 +62,7 @@ path = {store}
 grace_s = 1.0
 
 [memory]
-max_stream_bytes = 600_000
+max_stream_bytes = 200_000
 sweep_every_s = 0.2
 
 [retry]
@@ -208,8 +208,8 @@ async def _reaped(stage: _Stage, scene: _Scene) -> None:
 async def _detached(stage: _Stage, scene: _Scene) -> None:
     """Read some on a connection of its own, drop the connection, let the stream go on unread, and read on elsewhere."""
     await stage.start(scene)
-    async with stage.connect() as client, client.subscribe(scene.stream_id, view="text") as events:
-        await _take(events, scene, words=8)
+    async with stage.connect() as client, client.subscribe(scene.stream_id, view="text", window=10) as events:
+        await _take(events, scene, words=8)  # the window keeps it from being ahead of its own reading
         cursor = events.cursor
     assert cursor is not None, "events were read"
     scene.note = "detached"
@@ -275,7 +275,7 @@ def _scenes() -> list[_Scene]:
         ),
         _Scene(
             "over the limit",
-            "sim/endless?interval_s=0.01&events_per_write=128&key=over",
+            "sim/endless?interval_s=0.05&events_per_write=32&key=over",
             "expired(reaped_bytes)",
             _reaped,
         ),
@@ -474,7 +474,7 @@ def _table(scenes: list[_Scene]) -> Table:
                 scene.name,
                 styled_state(scene.state),
                 scene.events,
-                Text(f"…{scene.text[-_SHOWN_CHARS:]}".rjust(_SHOWN_CHARS + 1)),
+                Text(f"…{visible(scene.text)[-_SHOWN_CHARS:]}".rjust(_SHOWN_CHARS + 1)),
                 scene.note,
             )
             for scene in scenes
