@@ -58,8 +58,11 @@ class Sink(Protocol):
         """Learn that the upstream is alive without having sent an event."""
         ...
 
-    def mark(self, reason: str) -> None:
-        """Learn that the answer has ended as far as seen: only an error or the end marker may follow."""
+    def mark(self, reason: str | None) -> None:
+        """Learn that the answer has ended as far as seen: only an error or the end marker may follow.
+
+        None takes that back: a further choice has begun after those before it had ended.
+        """
         ...
 
     def complete(self, reason: str) -> bool:
@@ -237,6 +240,9 @@ class BodyReader:
                 continue
             self.events += 1
             append(data, "" if name == "message" else name, deltas)
+            if self._marked and self._reader.ending() is None:
+                self._marked = False
+                sink.mark(None)
             for delta in deltas:
                 if delta.finish_reason is not None or delta.terminal or delta.fault is not None:
                     self._conclude(deltas)

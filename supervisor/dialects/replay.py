@@ -100,7 +100,7 @@ class _Recording:
     def touch(self) -> None:
         """Nothing: there is no clock."""
 
-    def mark(self, reason: str) -> None:
+    def mark(self, reason: str | None) -> None:
         """Nothing: the body will end."""
 
     def complete(self, reason: str) -> bool:

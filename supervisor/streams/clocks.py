@@ -23,9 +23,10 @@ import trio
 
 from supervisor.streams.spec import Deadlines
 
-__all__ = ["ClockKind", "Clocks", "LazyHeap", "Watchdog"]
+__all__ = ["ClockKind", "Clocks", "LazyHeap", "Phase", "Watchdog"]
 
 T = TypeVar("T")
+Phase = Literal["connect", "first_event", "idle"]
 ClockKind = Literal["connect", "first_event", "idle", "total", "drain", "detach", "cleanup"]
 _NEVER = math.inf
 
@@ -38,12 +39,17 @@ class Clocks:
     def __init__(self, deadlines: Deadlines, now: float) -> None:
         self._deadlines = deadlines
         self._total_at = now + _seconds(deadlines.total_s)
-        self._phase: Literal["connect", "first_event", "idle"] | None = None
+        self._phase: Phase | None = None
         self._due: dict[ClockKind, float] = {}  # drain, detach and cleanup, while they run
         self.touched = now
         """When the upstream last showed life: all that an event writes."""
 
-    def begin(self, phase: Literal["connect", "first_event", "idle"] | None, now: float) -> None:
+    @property
+    def phase(self) -> Phase | None:
+        """The phase whose clock runs."""
+        return self._phase
+
+    def begin(self, phase: Phase | None, now: float) -> None:
         """Start the clock of a phase, in place of the one before. None: only the total clock runs."""
         self._phase = phase
         self.touched = now

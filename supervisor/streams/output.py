@@ -70,7 +70,7 @@ class Output:
         """
         await trio.lowlevel.checkpoint()
         if self._store.congested:
-            await self._store.wait_flow()
+            await self.flow()
         self.send_nowait(item)
 
     def send_nowait(self, item: str | Delta | Mapping[str, Any]) -> None:
@@ -148,9 +148,17 @@ class Output:
         """Note that the upstream shows life without an event."""
         self._clocks.touched = trio.current_time()
 
-    def mark(self, reason: str) -> None:
-        """Note that the answer has ended as far as seen: unless an error follows, whatever ends the body completes it."""
+    def mark(self, reason: str | None) -> None:
+        """Note that the answer has ended as far as seen: unless an error follows, whatever ends the body completes it.
+
+        None takes that back: a further choice has begun.
+        """
         self._stream._marked = reason  # noqa: SLF001
+
+    @property
+    def max_event_bytes(self) -> int:
+        """The most that `append` takes in one event."""
+        return self._stream._max_event_bytes  # noqa: SLF001
 
     def complete(self, reason: str) -> bool:
         """Seal the stream as completed. True if this decided its ending."""
@@ -173,5 +181,12 @@ class Output:
         return self._store.congested
 
     async def flow(self) -> None:
-        """Wait until the store has caught up. Cancel-safe."""
-        await self._store.wait_flow()
+        """Wait until the store has caught up; of the clocks only the total runs meanwhile. A cancel leaves nothing behind."""
+        phase = self._clocks.phase
+        self._clocks.begin(None, trio.current_time())
+        try:
+            await self._store.wait_flow()
+        finally:
+            if not self.sealed:
+                self._clocks.begin(phase, trio.current_time())
+                self._stream._supervisor.watchdog.arm(self._stream)  # noqa: SLF001  # as above

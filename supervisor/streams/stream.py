@@ -35,7 +35,7 @@ from supervisor.errors import (
     SupervisorError,
 )
 from supervisor.stores.base import Event
-from supervisor.streams.clocks import ClockKind, Clocks
+from supervisor.streams.clocks import ClockKind, Clocks, Phase
 from supervisor.streams.journal import Cursor, Journal
 from supervisor.streams.lifecycle import Lifecycle, Outcome, State, Verdict
 from supervisor.streams.output import Output
@@ -422,7 +422,7 @@ class Stream:
             self._seal(Verdict(state=State.CANCELLED, reason="shutdown", actor="parent"))
         return theirs
 
-    def _enter(self, state: State, phase: Literal["connect", "first_event", "idle"] | None) -> None:
+    def _enter(self, state: State, phase: Phase | None) -> None:
         self._lifecycle.advance(state)
         self._clocks.begin(phase, trio.current_time())
         if not self._lifecycle.sealed:

@@ -156,7 +156,13 @@ class HttpSource:
             message = f"the response is encoded as {encoding[:40]!r}, though only identity was asked for"
             return _Failure("protocol", Fault(kind="protocol", message=message), again=False)
         out = attempt.out
-        reader = BodyReader(self.dialect, attempt, content_type=exchange.headers.get("content-type"))
+        reader = BodyReader(
+            self.dialect,
+            attempt,
+            content_type=exchange.headers.get("content-type"),
+            max_line_bytes=out.max_event_bytes,  # an event is most often one line
+            max_event_bytes=out.max_event_bytes,
+        )
         broken: RemoteProtocolError | None = None
         while not attempt.sealed:
             try:
@@ -282,7 +288,7 @@ class _Attempt:
     def touch(self) -> None:
         self.out.touch()
 
-    def mark(self, reason: str) -> None:
+    def mark(self, reason: str | None) -> None:
         self.out.mark(reason)
 
     def complete(self, reason: str) -> bool:

@@ -45,7 +45,7 @@ class RecordingSink:
         self.names: list[str] = []
         self.skipped: list[bytes] = []
         self.touches = 0
-        self.marks: list[str] = []
+        self.marks: list[str | None] = []
         self.state = ""
         self.reason = ""
         self.fault: Fault | None = None
@@ -77,7 +77,7 @@ class RecordingSink:
         assert not self.sealed
         self.touches += 1
 
-    def mark(self, reason: str) -> None:
+    def mark(self, reason: str | None) -> None:
         assert not self.sealed
         self.marks.append(reason)
 

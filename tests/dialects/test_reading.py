@@ -283,3 +283,15 @@ def test_huge_numbers(frame: str) -> None:
     value = (frame % ("1" + "0" * 6000)).encode()
     assert read(event(value.decode()), event(value.decode(), "error")).state == "failed"
     assert OPENAI_CHAT.fault(500, value).message
+
+
+def test_a_further_choice_takes_the_mark_back():
+    """Choices that come one after another: the answer has ended as far as seen only between them, and at the end."""
+    sink = read(
+        chunk({"content": "a"}, finish="stop"),
+        chunk({"content": "b"}, index=1),
+        chunk({}, index=1, finish="length"),
+    )
+
+    assert sink.marks == ["stop", None, "stop"]
+    assert sink.ending == ("completed", "stop")

@@ -341,6 +341,22 @@ async def test_an_answer_that_has_ended_as_far_as_seen_completes_when_the_body_s
     assert (outcome.state, outcome.reason) == (State.COMPLETED, "stop")
 
 
+async def test_an_answer_that_goes_on_after_all_is_not_complete(autojump_clock):
+    """A further choice takes the mark back: a clock that runs out then is an expiry."""
+
+    async def source(out):
+        await out.send(Delta(text="one", finish_reason="stop"))
+        out.mark("stop")
+        await out.send(Delta(text="two", choice=1))
+        out.mark(None)
+        await trio.sleep_forever()
+
+    async with open_supervisor() as sup:
+        outcome = await (await sup.start(source)).wait()
+
+    assert (outcome.state, outcome.reason) == (State.EXPIRED, "idle")
+
+
 async def test_a_drain_lets_the_answer_end_by_itself(autojump_clock):
     """Within the budget the stream completes, and the cancel says that it did not win."""
 
@@ -473,6 +489,28 @@ async def test_a_source_is_slowed_while_the_store_is_behind():
         assert stream.tail_seq == 0
         store.catch_up()
         assert (await stream.wait()).events == 3
+
+
+async def test_a_stream_does_not_expire_because_the_store_is_behind(autojump_clock):
+    """While a source waits for the store its idle clock rests; afterwards it starts anew."""
+
+    async def source(out):
+        await out.send("x")
+        store.behind = True
+        await out.send("y")
+        await trio.sleep_forever()
+
+    store = GatedStore()
+    async with open_supervisor(store=store) as sup:
+        start = trio.current_time()
+        stream = await sup.start(source, deadlines=Deadlines(idle_s=5))
+        await trio.sleep(60)
+        assert stream.state is State.STREAMING
+        store.catch_up()
+        outcome = await stream.wait()
+
+    assert (outcome.reason, outcome.events) == ("idle", 2)
+    assert trio.current_time() - start == pytest.approx(65)
 
 
 # --- readers ---------------------------------------------------------------------------------------------------------
