@@ -53,10 +53,10 @@ def test_demo(tmp_path: Path) -> None:
     env = environment(TMPDIR=str(tmp_path))
     done = subprocess.run(command, env=env, capture_output=True, timeout=90, check=False)
     *scenes, last = [json.loads(line) for line in done.stdout.splitlines()]
-    assert (0, b"") == (done.returncode, done.stderr), done.stdout
+    assert (done.returncode, done.stderr) == (0, b""), done.stdout
     assert {scene["stream"]: scene["actual"] for scene in scenes} == EXPECTED
     assert all(scene["ok"] for scene in scenes)
-    assert (True, None) == (last["ok"], last["fault"])
+    assert (last["ok"], last["fault"]) == (True, None)
     assert list(tmp_path.iterdir()) == []
     assert children_of(tmp_path) == []
 
