@@ -373,7 +373,7 @@ class Stream:
         passing: BaseException | None = None
         try:
             await self._run_source()
-        except BaseException as error:  # noqa: BLE001  # split by whose it is; theirs is raised again below
+        except BaseException as error:  # noqa: ASYNC103, BLE001  # split by whose it is; theirs is raised again below
             passing = self._source_raised(error)
         await self._finish()
         if passing is not None:

@@ -303,7 +303,7 @@ class Supervisor:
         try:
             stream = self.get(stream_id) if stream_id is not None else self.get_by_key(str(key))
         except UnknownStreamError:
-            stored = await self.store.get(stream_id=stream_id, key=key)
+            stored = await self.store.get(stream_id=stream_id, key=key)  # noqa: ASYNC120  # cancelled: nobody asks
             if stored is None or stored.outcome is None:
                 raise
             return self._restored(stored)
@@ -621,8 +621,8 @@ async def open_supervisor(
                         new_id=monotonic_ids() if new_id is None else new_id,
                     )
                     await supervisor.recover()
-                    root.start_soon(supervisor.watchdog.run, name="watchdog")
-                    root.start_soon(supervisor.memory.run, name="memory manager")
+                    root.start_soon(supervisor.watchdog.run, name="watchdog")  # noqa: ASYNC113  # nothing to set up
+                    root.start_soon(supervisor.memory.run, name="memory manager")  # noqa: ASYNC113  # as above
                     try:
                         yield supervisor
                     except BaseException:
@@ -638,7 +638,7 @@ async def open_supervisor(
         raise
 
 
-async def _run_store(store: Store, *, task_status: trio.TaskStatus[None]) -> None:
+async def _run_store(store: Store, *, task_status: trio.TaskStatus[None]) -> None:  # noqa: ASYNC128  # `run` reports as started
     """Run the store out of reach of the embedding program's cancel: it is ended by `aclose`, after the streams."""
     with trio.CancelScope(shield=True):
         await store.run(task_status=task_status)

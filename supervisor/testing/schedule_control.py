@@ -127,7 +127,7 @@ class Control(trio.abc.Instrument):
         with _installed(self):
             try:
                 value = trio.run(self._main(), clock=clock, instruments=[*instruments, self])
-            except BaseException as raised:  # noqa: BLE001  # part of the result, unless raised again below
+            except BaseException as raised:  # noqa: ASYNC103, BLE001  # part of the result, unless raised again below
                 error = raised
         if error is not None and (
             not self.steps or (self._stopped_by is not None and isinstance(error, KeyboardInterrupt))

@@ -80,7 +80,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         def run() -> None:
             try:
                 run_drawn(self._main, draw=pick, clock=lambda: self.clock)
-            except BaseException as error:  # noqa: BLE001  # handed to the test's thread
+            except BaseException as error:  # noqa: ASYNC103, BLE001  # handed to the test's thread
                 self._done.put(error)
             else:
                 self._done.put(None)

@@ -203,7 +203,7 @@ def test_an_interrupt_during_cleanup_is_not_lost():
         try:
             await trio.sleep_forever()
         except trio.Cancelled:
-            raise KeyboardInterrupt from None
+            raise KeyboardInterrupt from None  # noqa: ASYNC104  # as trio itself does on Ctrl-C
 
     with pytest.raises(KeyboardInterrupt):
         explore(interrupted)
@@ -267,7 +267,7 @@ def test_finds_an_endless_loop():
     """A program that never ends is stopped after `max_steps` and says so."""
 
     async def spins():
-        while True:
+        while True:  # noqa: ASYNC110  # it is to spin
             await trio.lowlevel.checkpoint()
 
     with pytest.raises(ScheduleFailure) as caught:
@@ -297,7 +297,7 @@ def test_a_failure_in_a_child_task_keeps_its_group():
         async def child():
             raise LookupError("no such thing\nsecond line")
 
-        async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as nursery:  # noqa: ASYNC112  # for the group that it makes
             nursery.start_soon(child)
 
     with pytest.raises(ScheduleFailure, match=r"\n  LookupError: no such thing\n") as caught:
@@ -441,7 +441,7 @@ def test_bound_on_seconds():
     """The time limit stops the exploration in the middle of a run that would not end."""
 
     async def spins():
-        while True:
+        while True:  # noqa: ASYNC110  # it is to spin
             await trio.lowlevel.checkpoint()
 
     seen = explore(spins, bounds=Bounds(max_seconds=0.02, max_steps=10**9))
