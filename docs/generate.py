@@ -1,0 +1,453 @@
+"""Writes what the documentation says of limits, exit codes and the control channel, from the code that decides it.
+
+    python docs/generate.py            # writes README.md and docs/limits.md anew
+    python docs/generate.py --check    # exits with 1 if a table is stale
+
+The control session in the README is a real one: this script runs the daemon and a simulated upstream, and writes down what
+went over the wire. It differs in ids and times whenever it is written, so `--check` (and the test) compare its shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import trio
+import trio_websocket
+
+from supervisor import daemon, streams
+from supervisor.cli.exits import EXIT_TABLE
+from supervisor.config import RetentionConfig, ShutdownConfig, parse
+from supervisor.control import SUBPROTOCOL, ClientLimits, ControlLimits, LinkLimits, SessionLimits
+from supervisor.dialects.reading import BodyReader
+from supervisor.stores import MemoryStore
+from supervisor.stores.sqlite import SQLiteStore
+from supervisor.streams import spec
+from supervisor.testing.upstream import SimulatedUpstream
+from supervisor.upstream import RetryPolicy, StreamTransport, source, transport
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+LIMITS = ROOT / "docs" / "limits.md"
+
+# --- limits ----------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Limit:
+    """One row: where it is set, what it is by default, and what it says."""
+
+    owner: str
+    name: str
+    default: object
+    told: str
+
+
+CLASSES: Sequence[tuple[type, str, str]] = (
+    (streams.Deadlines, "[deadlines]", "Clocks of a stream; `none` (in Python `None`) turns one off"),
+    (streams.OnDetach, "on_detach of a start", "What happens when nobody reads"),
+    (streams.Limits, "[limits]", "A supervisor and each of its streams"),
+    (streams.MemoryPolicy, "[memory]", "What the memory manager reaps; `none` turns a rule off"),
+    (RetryPolicy, "[retry]", "Attempts before the first event"),
+    (ControlLimits, "[control.limits]", "The control channel"),
+    (LinkLimits, "[control.limits.link]", "One connection of the control channel, at either end"),
+    (SessionLimits, "[control.limits.session]", "One client of the control channel"),
+    (ClientLimits, "supervisor.control.connect(limits=…)", "The client library"),
+    (RetentionConfig, "[retention]", "What the daemon's store keeps"),
+    (ShutdownConfig, "[shutdown]", "How the daemon ends"),
+)
+"""Options that are attrs classes: their fields document themselves."""
+
+CALLABLES: Sequence[tuple[Any, str, str, dict[str, str]]] = (
+    (
+        SQLiteStore,
+        "[store]",
+        "A store in a file",
+        {
+            "synchronous": "What a commit waits for: OFF, NORMAL, FULL or EXTRA.",
+            "commit_interval_s": "How long records are gathered before a commit.",
+            "commit_bytes": "How many bytes are gathered before a commit.",
+            "high_water_bytes": "Queued bytes from which sources are held back.",
+            "low_water_bytes": "Queued bytes below which they go on; None: half of `high_water_bytes`.",
+            "patience_s": "How long nothing may be written before whoever waits is told.",
+            "busy_timeout_s": "How long one attempt waits for another program's lock on the file.",
+        },
+    ),
+    (
+        MemoryStore,
+        "MemoryStore(…)",
+        "A store in memory",
+        {
+            "max_streams": "Ended streams kept.",
+            "max_bytes": "Bytes kept in all; the oldest history goes first.",
+        },
+    ),
+    (
+        StreamTransport,
+        "StreamTransport(…)",
+        "Connections to upstreams",
+        {
+            "max_head_bytes": "A response's head.",
+            "max_idle_connections": "Connections kept for reuse.",
+            "idle_s": "How long each is kept.",
+            "drain_s": "How long the end of a body may be waited for, to reuse the connection.",
+            "read_bytes": "What one read of a socket returns at most.",
+        },
+    ),
+    (
+        BodyReader,
+        "BodyReader(…)",
+        "Reading one response body",
+        {
+            "max_unparseable": "Events that may be unreadable before the stream is `failed(protocol)`.",
+            "max_line_bytes": "One line of an event stream.",
+            "max_event_bytes": "One event of an event stream.",
+        },
+    ),
+)
+"""Options that are parameters."""
+
+CONSTANTS: Sequence[tuple[str, str, object]] = (
+    ("supervisor.streams.spec.MAX_KEY_CHARS", "Characters of a key.", spec.MAX_KEY_CHARS),
+    ("supervisor.streams.spec.MAX_LABELS", "Labels of a stream.", spec.MAX_LABELS),
+    (
+        "supervisor.streams.spec.MAX_LABEL_CHARS",
+        "Characters of a label's name or value.",
+        spec.MAX_LABEL_CHARS,
+    ),
+    ("supervisor.upstream.source.MAX_REQUEST_BYTES", "A request's body.", source.MAX_REQUEST_BYTES),
+    ("supervisor.upstream.source.ERROR_BODY_BYTES", "Read of an HTTP error's body.", source.ERROR_BODY_BYTES),
+    ("supervisor.upstream.source.ERROR_BODY_S", "How long it is waited for.", source.ERROR_BODY_S),
+    (
+        "supervisor.upstream.transport.RACE_S",
+        "How long after a request on a reused connection its silent end counts as the server's idle timeout.",
+        transport.RACE_S,
+    ),
+)
+"""Limits that are not options."""
+
+TOLD = {
+    "OnDetach.mode": "What happens when nobody reads: `keep` the stream, or `cancel` it after `grace_s` without a reader.",
+    "OnDetach.grace_s": "How long a stream to be cancelled may be without a reader.",
+    "Limits.when_full": "At `max_live`: `reject` the start, or `reap_oldest`.",
+    "Limits.tail_bytes": "The same, in bytes.",
+    "Limits.tombstone_s": "How long each is remembered.",
+    "Limits.finished_s": "How long each is kept.",
+    "MemoryPolicy.max_age_s": "Age of a live stream.",
+    "MemoryPolicy.sweep_every_s": "How often the rules are applied, beside on admission and on growth.",
+    "RetryPolicy.statuses": "The HTTP statuses that are tried again.",
+    "ControlLimits.max_connections": "Clients connected at the same time; one more is refused with 503.",
+    "ControlLimits.max_handshakes": "Handshakes under way; the oldest makes room.",
+    "ControlLimits.handshake_s": "How long a handshake may take.",
+    "LinkLimits.send_chunk_bytes": "What is handed to the socket at once.",
+    "LinkLimits.ping_every_s": "Silence after which the peer is asked for a sign of life.",
+    "LinkLimits.ping_answer_s": "How long it may take to give one.",
+    "ClientLimits.retry_initial_s": "The first pause before connecting again; it doubles.",
+    "RetentionConfig.sweep_every_s": "How often the store is looked through.",
+}
+"""For options whose class says it in its own docstring, or whose name does."""
+
+IN_README = (
+    "Deadlines.connect_s",
+    "Deadlines.first_event_s",
+    "Deadlines.idle_s",
+    "Deadlines.total_s",
+    "OnDetach.mode",
+    "Limits.max_live",
+    "Limits.tail_events",
+    "Limits.tail_bytes",
+    "Limits.max_event_bytes",
+    "Limits.max_readers",
+    "Limits.max_tombstones",
+    "Limits.tombstone_s",
+    "Limits.max_finished",
+    "Limits.cleanup_s",
+    "MemoryPolicy.max_stream_bytes",
+    "MemoryPolicy.max_bytes",
+    "RetryPolicy.attempts",
+    "RetryPolicy.retry_after_max_s",
+    "SQLiteStore.commit_interval_s",
+    "SQLiteStore.high_water_bytes",
+    "RetentionConfig.max_ended",
+    "RetentionConfig.max_age_s",
+    "ShutdownConfig.grace_s",
+    "ControlLimits.max_connections",
+    "LinkLimits.max_message_bytes",
+    "LinkLimits.stall_s",
+    "SessionLimits.max_subscriptions",
+)
+
+
+def limits() -> dict[str, Limit]:
+    """Return every limit by `Class.field`."""
+    rows: dict[str, Limit] = {}
+    for kind, where, _ in CLASSES:
+        told = _attribute_docstrings(kind)
+        for field in attrs.fields(kind):
+            if not hasattr(field.default, "factory"):
+                rows[f"{kind.__name__}.{field.name}"] = Limit(
+                    where,
+                    field.name,
+                    field.default,
+                    told.get(field.name) or TOLD[f"{kind.__name__}.{field.name}"],
+                )
+    for function, where, _, said in CALLABLES:
+        parameters = inspect.signature(function).parameters
+        for name, text in said.items():
+            rows[f"{function.__name__}.{name}"] = Limit(where, name, parameters[name].default, text)
+    for name, text, value in CONSTANTS:
+        rows[name] = Limit("constant", name, value, text)
+    return rows
+
+
+def limits_page() -> str:
+    """Return docs/limits.md."""
+    rows = limits()
+    lines = [
+        "<!-- Generated by `python docs/generate.py`; do not edit. -->",
+        "# Limits and defaults",
+        "",
+        "Everything that could grow is bounded. Times that end in `_s` are seconds, sizes that end in `_bytes` are bytes.",
+        "What is named in brackets is a table of the daemon's TOML file; an embedding program gives the class to",
+        "`open_supervisor`, or to what it bounds.",
+    ]
+    groups = [(kind.__name__, where, about) for kind, where, about in CLASSES]
+    groups += [(function.__name__, where, about) for function, where, about, _ in CALLABLES]
+    for owner, where, about in groups:
+        lines += ["", f"## `{owner}`: {about[0].lower()}{about[1:]}", "", f"Set in `{where}`.", ""]
+        lines += ["| limit | default | |", "|---|---|---|"]
+        lines += [
+            f"| `{row.name}` | {shown(row.name, row.default)} | {row.told} |"
+            for name, row in rows.items()
+            if name.startswith(f"{owner}.")
+        ]
+    lines += ["", "## Fixed", "", "| limit | value | |", "|---|---|---|"]
+    lines += [f"| `{name}` | {shown(name, value)} | {text} |" for name, text, value in CONSTANTS]
+    return "\n".join(lines) + "\n"
+
+
+def limits_table() -> str:
+    """Return the README's table: the limits that are met first."""
+    rows = limits()
+    lines = ["| limit | default | |", "|---|---|---|"]
+    for name in IN_README:
+        row = rows[name]
+        lines.append(f"| `{name}` | {shown(row.name, row.default)} | {row.told} |")
+    return "\n".join(lines)
+
+
+def exit_codes() -> str:
+    """Return the table of exit codes."""
+    return "\n".join(
+        ["| code | |", "|---|---|", *(f"| {int(code)} | {told} |" for code, told in EXIT_TABLE.items())]
+    )
+
+
+def shown(name: str, value: object) -> str:
+    """Return a default as people read it."""
+    if value is None:
+        return "none"
+    if isinstance(value, frozenset):
+        return ", ".join(str(one) for one in sorted(value))
+    if isinstance(value, str):
+        return f"`{value}`"
+    if isinstance(value, int | float) and name.lower().endswith("bytes"):
+        for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+            if value >= size and value % size == 0:
+                return f"{int(value // size)} {unit}"
+        return f"{value:,} bytes"
+    if isinstance(value, int | float) and name.lower().endswith("_s"):
+        return f"{value:,g} s" if value < 1e6 else f"{value / 86_400:g} days"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _attribute_docstrings(kind: type) -> dict[str, str]:
+    """Return the docstrings under a class's fields, which are not kept at run time."""
+    (definition,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(definition, ast.ClassDef), "a class is defined by its source"
+    found = {}
+    for statement, after in zip(definition.body, definition.body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+        ):
+            found[statement.target.id] = " ".join(str(after.value.value).split())
+    return found
+
+
+# --- the control session ---------------------------------------------------------------------------------------------
+
+_CONFIG = """
+discover = false
+[control]
+port = 0
+[store]
+path = ":memory:"
+[upstreams.simulated]
+base_url = "{base_url}"
+proxy = "direct"
+"""
+_MODEL = "sim/stall?after=3&text=Tokens+come+slowly+and+cost+money"
+"""Three words, and then nothing: there is something to watch, and something to stop."""
+
+
+async def session() -> list[tuple[str, dict[str, Any]]]:
+    """Run a daemon and a client; return what was said: (`>` or `<`, message)."""
+    said: list[tuple[str, dict[str, Any]]] = []
+    async with SimulatedUpstream() as provider, trio.open_nursery() as nursery:
+        url = await nursery.start(_daemon, _CONFIG.format(base_url=provider.base_url))
+        async with trio_websocket.open_websocket_url(url, subprotocols=[SUBPROTOCOL]) as socket:
+            calls = _Calls(socket, said)
+            await calls.call("hello", client="readme")
+            request = {"model": _MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+            started = await calls.call("stream.start", upstream="simulated", request=request, key="chat-7")
+            await calls.call("stream.subscribe", id=started["id"], view="text", credit=100)
+            while len(calls.text.split()) < 3:
+                await calls.receive()
+            await calls.call("stream.cancel", key="chat-7", reason="the reader pressed Stop")
+            while not calls.over:
+                await calls.receive()
+            await calls.call("supervisor.shutdown", grace_s=0)
+        nursery.cancel_scope.cancel()
+    return said
+
+
+async def _daemon(text: str, *, task_status: trio.TaskStatus[str]) -> None:
+    await daemon.run(parse(text), environ={}, ready=lambda ready: task_status.started(ready.url))
+
+
+@attrs.define
+class _Calls:
+    """The simplest client there is."""
+
+    socket: trio_websocket.WebSocketConnection
+    said: list[tuple[str, dict[str, Any]]]
+    number: int = 0
+    text: str = ""
+    over: bool = False
+
+    async def call(self, method: str, **params: Any) -> Any:
+        self.number += 1
+        message = {"jsonrpc": "2.0", "id": self.number, "method": method, "params": params}
+        self.said.append((">", message))
+        await self.socket.send_message(json.dumps(message))
+        while (answer := await self.receive()).get("id") != self.number:
+            pass
+        return answer["result"]
+
+    async def receive(self) -> dict[str, Any]:
+        message: dict[str, Any] = json.loads(await self.socket.get_message())
+        self.said.append(("<", message))
+        if message.get("method") == "stream.events":
+            for event in message["params"]["events"]:
+                self.text += event.get("text", "")
+                self.over = self.over or event["kind"] == "outcome"
+        return message
+
+
+def transcript(said: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Return a session as it is shown: a message a line."""
+    lines = []
+    for direction, message in said:
+        body = {name: value for name, value in message.items() if name != "jsonrpc"}
+        if "result" in body and "limits" in body["result"]:  # `hello` tells every limit and method
+            body = {**body, "result": {**body["result"], "methods": ["…"], "limits": {"…": "…"}}}
+        lines.append(f"{direction} {json.dumps(body, ensure_ascii=False)}")
+    return "\n".join(lines)
+
+
+def shape(shown_session: str) -> list[Any]:
+    """Return what a session has to keep: its messages, with the types of their parts.
+
+    How many events travel in one notification depends on the moment, so those that follow each other count as one; and
+    whether the outcome or the answer to the cancel comes first is nobody's promise, so the order does not count.
+    """
+    found: list[Any] = []
+    for line in shown_session.splitlines():
+        direction, _, text = line.partition(" ")
+        message = json.loads(text)
+        if message.get("method") == "stream.events":
+            kinds = {event["kind"]: _types(event) for event in message["params"]["events"]}
+            if found and found[-1][1] == "stream.events":
+                found[-1][3].update(kinds)
+            else:
+                found.append([direction, "stream.events", sorted(message["params"]), kinds])
+        else:
+            found.append([direction, _types(message)])
+    return sorted(found, key=json.dumps)
+
+
+def _types(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _types(part) for name, part in sorted(value.items())}
+    if isinstance(value, list):
+        return [_types(value[0])] if value else []
+    return (
+        "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
+    )
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def block(page: str, name: str) -> str:
+    """Return what stands between a page's markers of this name. Raises ValueError if they are not there."""
+    begin, end = f"<!-- {name}: begin -->\n", f"\n<!-- {name}: end -->"
+    _, found, rest = page.partition(begin)
+    inside, closed, _ = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"the page has no {begin.strip()} … {end.strip()}")
+    return inside
+
+
+def put(page: str, name: str, text: str) -> str:
+    """Return the page with `text` between its markers of this name."""
+    inside = block(page, name)
+    begin, end = f"<!-- {name}: begin -->\n", f"\n<!-- {name}: end -->"
+    return page.replace(f"{begin}{inside}{end}", f"{begin}{text}{end}")
+
+
+def tables() -> Iterator[tuple[str, str]]:
+    """Yield the README's generated tables by name."""
+    yield "limits", limits_table()
+    yield "exit codes", exit_codes()
+
+
+def shown_session(page: str) -> str:
+    """Return the session that a page shows, without its fence."""
+    (text,) = re.findall(r"^```text\n(.*?)\n```$", block(page, "session"), re.MULTILINE | re.DOTALL)
+    return str(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write, or say whether something is stale; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if something is stale")
+    options = parser.parse_args(argv)
+    readme = README.read_text("utf-8")
+    said = transcript(trio.run(session))
+    if options.check:
+        stale = [name for name, text in tables() if block(readme, name) != text]
+        stale += [] if LIMITS.read_text("utf-8") == limits_page() else ["docs/limits.md"]
+        stale += [] if shape(shown_session(readme)) == shape(said) else ["session"]
+        print(f"stale: {', '.join(stale)}" if stale else "up to date")
+        return int(bool(stale))
+    for name, text in tables():
+        readme = put(readme, name, text)
+    README.write_text(put(readme, "session", f"```text\n{said}\n```"), "utf-8")
+    LIMITS.write_text(limits_page(), "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
