@@ -1,0 +1,95 @@
+"""The benchmarks run, and write the JSON that benchmarks/README.md documents. No time is asserted: machines differ."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def _run(script: str, tmp_path: Path) -> dict:
+    path = tmp_path / "results.json"
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), "--quick", "--json", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "tables", "contenders", "aims"),
+    [
+        pytest.param(
+            "consume.py",
+            {"flood: CPU per event", "paced: CPU per event"},
+            {"httpx raw", "ours", "ours, no journal", "ours, read", "raw trio"},
+            6,
+            id="consume",
+        ),
+        pytest.param(
+            "cancel.py",
+            {
+                "1 live at 50 events/s: cancel to close, p50",
+                "1 live at 50 events/s: cancel to close, p99",
+                "20 live at 50 events/s: cancel to close, p50",
+                "20 live at 50 events/s: cancel to close, p99",
+            },
+            {"httpx", "httpx, asyncio", "ours"},
+            2,
+            id="cancel",
+        ),
+        pytest.param(
+            "memory.py",
+            {"memory per live stream, 1 event each", "memory per live stream, 100 events each"},
+            {"httpx", "ours", "ours, no journal"},
+            4,
+            id="memory",
+        ),
+        pytest.param(
+            "churn.py",
+            {
+                "churn, 1 at once: client CPU per start and cancel",
+                "churn, 1 at once: starts and cancels per second",
+                "churn, 8 at once: client CPU per start and cancel",
+                "churn, 8 at once: starts and cancels per second",
+            },
+            {"httpx", "httpx, asyncio", "ours", "ours, no journal"},
+            0,
+            id="churn",
+        ),
+    ],
+)
+def test_a_benchmark_runs_and_writes_its_results(script, tables, contenders, aims, tmp_path):
+    """Each script runs in seconds with --quick, compares its contenders with a baseline, and judges its aims by what it measured."""
+    results = _run(script, tmp_path)
+    assert results["benchmark"] == script.removesuffix(".py")
+    assert results["quick"] is True
+    assert {"python", "system", "cpus", "packages"} <= results["machine"].keys()
+    assert tables == results["tables"].keys()
+    for table in results["tables"].values():
+        assert contenders <= table["rows"].keys()
+        assert table["baseline"] in table["rows"]
+        assert table["rows"][table["baseline"]]["ratio"]["median"] == 1
+        for row in table["rows"].values():
+            assert row["values"]
+            assert row["min"] <= row["median"] <= row["max"]
+    assert aims == len(results["aims"])
+    for aim in results["aims"]:
+        assert aim["value"] is None or aim["value"] > 0
+        reached = {
+            "most": lambda value, bound: value <= bound,
+            "least": lambda value, bound: value >= bound,
+        }[aim["limit"]]
+        assert aim["met"] == (None if aim["value"] is None else reached(aim["value"], aim["bound"]))
+    if script == "churn.py":
+        assert [note for note in results["notes"] if " 0 streams still open" in note] == results["notes"]
