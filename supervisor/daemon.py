@@ -32,6 +32,7 @@ from supervisor.errors import ConfigurationError, StoreError
 from supervisor.logs import ReopeningHandler
 from supervisor.stores.base import Store
 from supervisor.streams import Supervisor, open_supervisor
+from supervisor.upstream.tls import shared_context
 from supervisor.upstream.transport import StreamTransport
 from supervisor.version import version
 
@@ -170,7 +171,10 @@ class _Daemon:
         self._token = config.control.token.read(environ)
         self._path = config.store.located(environ)
         self._store = config.store.open(environ)
-        self._transport = StreamTransport()
+        context = None
+        if any(upstream.base_url.startswith("https:") for upstream in self._upstreams.values()):
+            context = shared_context()  # now: reading the CAs would hold up the first streams for tens of milliseconds
+        self._transport = StreamTransport(ssl_context=context)
         self.ending = _Ending(config.shutdown.grace_s)
 
     async def run(self) -> None:

@@ -1,6 +1,6 @@
 """The client library of the control channel: what the CLI, the demo and other programs drive a daemon with.
 
-    async with connect("ws://127.0.0.1:7300", token=token) as client:
+    async with connect("ws://127.0.0.1:7433", token=token) as client:
         started = await client.start("openai", {"model": "…", "messages": […]})
         async with client.subscribe(started.id) as events:
             async for event in events:
@@ -576,7 +576,7 @@ class _Address:
 
     @classmethod
     def parse(cls, url: str) -> _Address:
-        expected = "a URL such as ws://127.0.0.1:7300, without a query: a token goes into `token`"
+        expected = "a URL such as ws://127.0.0.1:7433, without a query: a token goes into `token`"
         parts = urllib.parse.urlsplit(url)
         try:
             port = parts.port

@@ -119,7 +119,7 @@ async def test_what_came_with_the_end_is_part_of_the_answer():
         assert outcome.last_seq == 3
 
 
-async def test_what_is_not_an_error_of_the_source_passes_through():
+async def test_what_is_not_an_error_of_the_source_passes_through(autojump_clock):
     """A KeyboardInterrupt in a source is the program's: it comes out of the supervisor, and the stream has its outcome."""
 
     async def source(out):
@@ -129,7 +129,7 @@ async def test_what_is_not_an_error_of_the_source_passes_through():
     with pytest.raises(KeyboardInterrupt):
         async with open_supervisor() as sup:
             stream = await sup.start(source)
-            await trio.sleep_forever()
+            await trio.sleep(5)
 
     assert (stream.outcome.state, stream.outcome.reason, stream.outcome.actor) == (
         State.CANCELLED,
