@@ -145,7 +145,8 @@ class Exchange:
         complete, RemoteProtocolError if its framing is broken, trio.ClosedResourceError if this exchange was ended here.
         After an error or a cancel the socket is closed.
         """
-        if self.at_end:
+        framing = self.framing
+        if framing.complete and not self._rest:
             await trio.lowlevel.checkpoint()
             return b""
         if self._over:
@@ -155,21 +156,19 @@ class Exchange:
             if self._rest:
                 await trio.lowlevel.checkpoint()
                 body = self.first()
-                if body or self.framing.complete:
+                if body or framing.complete:
                     return body
-            while True:
-                if self.framing.fault is not None:
-                    return self.framing.feed(b"")  # raises what broke after the body bytes of the read before
-                if connection.ended:
-                    self.feed_eof()
-                    return b""
+            while framing.fault is None and not connection.ended:
                 raw = await connection.receive_raw()
                 if not raw:
-                    self.feed_eof()
-                    return b""
-                body = self.feed_raw(raw)
-                if body or self.framing.complete:
+                    break
+                # As `feed_raw` does; what a failing `decode` raises is reported below.
+                body = framing.feed(connection.decode(raw))
+                if body or framing.complete:
                     return body
+            if framing.fault is not None:
+                framing.feed(b"")  # raises what broke after the body bytes of the read before
+            self.feed_eof()
         except trio.BusyResourceError:
             raise  # a second reader is a mistake of the caller, and not the first one's end
         except OSError as exc:
@@ -178,6 +177,7 @@ class Exchange:
         except BaseException:
             self.abort()
             raise
+        return b""
 
     def abort(self) -> None:
         """Close the socket now: synchronous, no `close_notify`, no waiting. A task that waits in `receive` is woken."""
