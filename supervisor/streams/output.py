@@ -34,7 +34,18 @@ class Output:
     the sink of `supervisor.dialects.reading.BodyReader`.
     """
 
-    __slots__ = ("_clocks", "_fold", "_journal", "_store", "_stream", "_streaming", "id", "nursery")
+    __slots__ = (
+        "_clocks",
+        "_fold",
+        "_journal",
+        "_lifecycle",
+        "_max_event_bytes",
+        "_store",
+        "_stream",
+        "_streaming",
+        "id",
+        "nursery",
+    )
 
     def __init__(self, stream: Stream, nursery: trio.Nursery) -> None:
         self._stream = stream
@@ -42,6 +53,8 @@ class Output:
         self._fold = stream._fold  # noqa: SLF001
         self._clocks = stream._clocks  # noqa: SLF001
         self._store = stream._supervisor.store  # noqa: SLF001
+        self._lifecycle = stream._lifecycle  # noqa: SLF001
+        self._max_event_bytes = stream._max_event_bytes  # noqa: SLF001
         self._streaming = False
         self.id = stream.id
         self.nursery = nursery
@@ -58,7 +71,7 @@ class Output:
     @property
     def sealed(self) -> bool:
         """Whether the stream's ending is decided: stop, and let `trio.Cancelled` pass."""
-        return self._stream._lifecycle.sealed  # noqa: SLF001
+        return self._lifecycle.sealed
 
     # --- a program's own source --------------------------------------------------------------------------------------
 
@@ -114,24 +127,25 @@ class Output:
 
     def append(self, payload: bytes, name: str, deltas: tuple[Delta, ...]) -> None:
         """Add one wire event and fold its deltas. Not published before `flush`. Raises StreamSealedError once sealed."""
-        text = ""
-        if len(deltas) == 1 and not deltas[0].choice:
-            text = deltas[0].text
-        elif deltas:
-            text = "".join(delta.text for delta in deltas if not delta.choice)
-        if len(payload) > self._stream._max_event_bytes:  # noqa: SLF001
+        stream = self._stream
+        if len(deltas) == 1:
+            delta = deltas[0]
+            text = "" if delta.choice else delta.text
+        else:
+            text = "".join([delta.text for delta in deltas if not delta.choice])
+        if len(payload) > self._max_event_bytes:
             raise ConfigurationError(
                 "event",
                 payload[:64],
-                f"at most {self._stream._max_event_bytes} bytes (Limits.max_event_bytes), not {len(payload)}",  # noqa: SLF001
+                f"at most {self._max_event_bytes} bytes (Limits.max_event_bytes), not {len(payload)}",
             )
         self._journal.add(time.time(), "data", payload, name, text)
         for delta in deltas:
             self._fold.apply(delta)
         if not self._streaming:
             self._streaming = True
-            self._stream._enter(State.STREAMING, "idle")  # noqa: SLF001
-        self._stream._events += 1  # noqa: SLF001
+            stream._enter(State.STREAMING, "idle")  # noqa: SLF001
+        stream._events += 1  # noqa: SLF001
 
     def skip(self, payload: bytes, why: str) -> None:
         """Count and journal a payload that could not be read."""
@@ -158,7 +172,7 @@ class Output:
     @property
     def max_event_bytes(self) -> int:
         """The most that `append` takes in one event."""
-        return self._stream._max_event_bytes  # noqa: SLF001
+        return self._max_event_bytes
 
     def complete(self, reason: str) -> bool:
         """Seal the stream as completed. True if this decided its ending."""
