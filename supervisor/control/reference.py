@@ -84,16 +84,13 @@ def render() -> str:
     for name, (kind, summary) in NOTIFICATIONS.items():
         parts.append(f"### `{name}`\n\n{summary}\n")
         parts.append(_type("Parameters", kind, used))
-    shown = {method.params for method in METHODS.values()} | {method.result for method in METHODS.values()}
-    shown |= {kind for kind, _ in NOTIFICATIONS.values()} | {messages.CancelManyResult}
     parts.append("## Types\n")
     done: set[str] = set()
     while left := sorted(set(used) - done):
         for name in left:
             done.add(name)
-            if used[name] not in shown:
-                parts.append(f"### {name}\n")
-                parts.append(_type("", used[name], used))
+            parts.append(f"### {name}\n")
+            parts.append(_type("", used[name], used))
     parts.append(_errors())
     parts.append(_close_codes())
     parts.append(_limits())
