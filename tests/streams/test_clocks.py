@@ -154,5 +154,5 @@ async def test_many_deadlines_at_once_are_taken_in_slices(autojump_clock):
             await trio.lowlevel.checkpoint()
         nursery.cancel_scope.cancel()
 
-    assert len(seen_between) >= 7  # of 16 slices: trio may run the dog last in one batch and first in the next
+    assert len(seen_between) >= 7  # of 16: the dog may go last in one batch and first in the next
     assert len(dog) == 0

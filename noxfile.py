@@ -1,0 +1,79 @@
+"""What CI runs: `nox` with no arguments, from a clean checkout. `nox -R` reuses the environments of the last run.
+
+Every session installs what it needs from the dependency groups in pyproject.toml, and uses the interpreter that nox runs on;
+`nox -s tests -P 3.13` runs on another. What a session does not do here it says, with the reason; in CI nothing is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10.9"  # dependency groups
+nox.options.sessions = ["lint", "types", "bench", "tests"]
+nox.options.stop_on_first_error = False
+nox.options.reuse_existing_virtualenvs = True
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+SOURCES = ["supervisor", "tests", "benchmarks", "docs", "noxfile.py"]
+BENCHMARKS = ["consume", "cancel", "memory", "churn"]
+COVERAGE_FLOOR = 96
+"""Percent, branches included. Measured: 97; the rest is other platforms and errors that no test can make."""
+
+
+def install(session: nox.Session, group: str) -> None:
+    """Install a dependency group, and the package as it is in this checkout."""
+    session.install("-e", ".", *nox.project.dependency_groups(PROJECT, group))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and layers: ruff, flake8-async, import-linter."""
+    install(session, "lint")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("flake8", *SOURCES)
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types: mypy strict over the package, pyright strict over the API as a user calls it."""
+    install(session, "types")
+    session.run("mypy")
+    session.run("pyright")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run pytest with branch coverage. Arguments after `--` go to pytest, and then coverage has no floor."""
+    install(session, "tests")
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    session.run("coverage", "combine", "--quiet")
+    floor = "0" if session.posargs else str(COVERAGE_FLOOR)
+    session.run("coverage", "report", "--skip-covered", f"--fail-under={floor}")
+    session.log(
+        "not run here: other versions of Python than %s; `nox -s tests -P 3.13`", sys.version.split()[0]
+    )
+    if os.environ.get("CI") != "true" and "STREAM_SUPERVISOR_CASES" not in os.environ:
+        cases = Path("..") / "shared" / "cases"
+        if not cases.is_dir():
+            session.warn(
+                f"skipped: the tests of recorded provider streams, which are not at {cases} (see README.md)"
+            )
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run each benchmark once, quickly, to see that it runs. What it measures on a busy machine says nothing."""
+    install(session, "bench")
+    for name in BENCHMARKS:
+        report = Path(session.create_tmp()) / f"{name}.json"
+        report.unlink(missing_ok=True)
+        session.run("python", f"benchmarks/{name}.py", "--quick", "--json", str(report))
+        if not report.is_file():
+            session.error(f"benchmarks/{name}.py wrote no report")

@@ -1,0 +1,209 @@
+"""The documentation says what is so: its examples run as written, its tables are the code's, what it names exists."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib.util
+import inspect
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+import supervisor
+from supervisor import open_supervisor
+from supervisor.streams import diagram
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+_BLOCK = re.compile(
+    r"(?P<real><!-- real time -->\n)?^```python\n(?P<code>.*?)^```\n(?:\n^```text\n(?P<out>.*?)^```\n)?",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def generator() -> ModuleType:
+    """Load docs/generate.py, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- examples --------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_example():
+    """It has at most ten lines, runs as written, and prints what the README says."""
+    page = README.read_text("utf-8")
+    (match,) = _BLOCK.finditer(page)
+    code = match["code"]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    ran = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert (match["out"], "", 0) == (ran.stdout, ran.stderr, ran.returncode)
+
+
+def test_the_embedding_guide(tmp_path, monkeypatch):
+    """Every block of the page runs, in order and sharing names, and prints what is shown under it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MY_KEY", "")
+    page = (ROOT / "docs" / "embedding.md").read_text("utf-8")
+    blocks = list(_BLOCK.finditer(page))
+    assert page.count("```python") == len(blocks) > 15
+    assert page.count("```text") == len([block for block in blocks if block["out"] is not None])
+    namespace: dict[str, Any] = {"__name__": "guide"}
+    for block in blocks:
+        above = page.count("\n", 0, block.start("code"))
+        shown = _run("\n" * above + block["code"], namespace, real_time=block["real"] is not None)
+        assert (block["out"] or "") == shown, block["code"]
+
+
+def _run(code: str, namespace: dict[str, Any], *, real_time: bool) -> str:
+    """Run one block, inside a supervisor if it needs one; return what it printed."""
+    printed = io.StringIO()
+    compiled = compile(code, "docs/embedding.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    with contextlib.redirect_stdout(printed):
+        if not compiled.co_flags & inspect.CO_COROUTINE:
+            exec(compiled, namespace)
+            return printed.getvalue()
+
+        async def inside() -> None:
+            async with open_supervisor() as sup:
+                namespace["sup"] = sup
+                await eval(compiled, namespace)
+                await sup.shutdown()
+
+        trio.run(inside, clock=None if real_time else MockClock(autojump_threshold=0))
+    return printed.getvalue()
+
+
+# --- what is generated -----------------------------------------------------------------------------------------------
+
+
+def test_the_diagram_of_states():
+    """The diagram is what the table of transitions says; `python -m supervisor.streams.diagram` writes it anew."""
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    assert diagram.insert(page) == page
+    for state, after in supervisor.streams.TRANSITIONS.items():
+        for target in after - supervisor.streams.TERMINAL_STATES:
+            assert f"{state} --> {target}" in page
+
+
+def test_the_diagram_tool_tells_a_stale_page(tmp_path):
+    """`--check` answers 1 for a page that differs, 0 for one just written; a page without markers is refused."""
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{diagram.BEGIN}\nold\n{diagram.END}\nafter\n", "utf-8")
+    assert diagram.main(["--check", str(page)]) == 1
+    assert diagram.main([str(page)]) == 0
+    assert diagram.main(["--check", str(page)]) == 0
+    assert page.read_text("utf-8").startswith("before\n")
+    assert page.read_text("utf-8").endswith("\nafter\n")
+    with pytest.raises(ValueError, match="no place"):
+        diagram.insert("nothing")
+
+
+def test_limits_and_exit_codes():
+    """Every default and exit code in the documentation is the code's; `python docs/generate.py` writes them anew."""
+    generate = generator()
+    assert generate.LIMITS.read_text("utf-8") == generate.limits_page()
+    page = README.read_text("utf-8")
+    for name, text in generate.tables():
+        assert generate.block(page, name) == text, name
+
+
+def test_every_limit_is_listed():
+    """No field of a class of limits is left out of the page, and each is explained."""
+    generate = generator()
+    rows = generate.limits()
+    for kind in (supervisor.Limits, supervisor.MemoryPolicy, supervisor.Deadlines, supervisor.OnDetach):
+        for name in inspect.signature(kind).parameters:
+            assert f"{kind.__name__}.{name}" in rows
+    assert [name for name, row in rows.items() if not row.told] == []
+
+
+async def test_the_control_session():
+    """The session in the README has the shape of one held now: same messages, same fields, same types."""
+    generate = generator()
+    shown = generate.shown_session(README.read_text("utf-8"))
+    assert generate.shape(shown) == generate.shape(generate.transcript(await generate.session()))
+
+
+# --- what is named ---------------------------------------------------------------------------------------------------
+
+
+def test_the_laws_name_their_tests():
+    """Each of the ten laws names at least one test, and every test that is named exists."""
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    laws = re.split(
+        r"^\d+\. \*\*", page.partition("## The laws")[2].partition("\n## ")[0], flags=re.MULTILINE
+    )[1:]
+    assert len(laws) == 10
+    for law in laws:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", law)
+        assert named, law
+        for path, test in named:
+            tree = ast.parse((ROOT / path).read_text("utf-8"))
+            functions = {
+                node.name
+                for node in ast.walk(tree)
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            }
+            assert test in functions, f"{path}::{test}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    """Every relative link of a page is to a file, and to a heading of it where it names one."""
+    text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        file, _, anchor = target.partition("#")
+        other = path if not file else (path.parent / file).resolve()
+        assert other.is_file(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", other.read_text("utf-8"), re.MULTILINE)
+            assert anchor in {_anchor(heading) for heading in headings}, target
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_commands_of_the_command_line_are_the_readmes():
+    """Each command that the README's table lists exists, and none is missing from it."""
+    from supervisor.cli.parser import build_parser
+
+    page = README.read_text("utf-8")
+    listed = set(re.findall(r"^\| `stream-supervisor ([\w-]+)", page, re.MULTILINE))
+    (commands,) = [action.choices for action in build_parser()._actions if getattr(action, "choices", None)]
+    assert listed == set(commands)
+
+
+def test_ci_runs_the_readmes_test_command():
+    """The command that `.ci/run` runs is the one that the README gives."""
+    (command,) = re.findall(r"^(python3? -m venv .*nox)$", README.read_text("utf-8"), re.MULTILINE)
+    assert command in (ROOT / ".ci" / "run").read_text("utf-8")
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_the_typed_example_uses_all_of_the_embedding_api():
+    """`tests/typing/api.py`, which the type checkers read as a user's program, leaves out no public name."""
+    page = (ROOT / "tests" / "typing" / "api.py").read_text("utf-8")
+    assert [name for name in supervisor.__all__ if not re.search(rf"\b{name}\b", page)] == []
