@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -183,6 +183,14 @@ class Output:
         return self._stream._seal(  # noqa: SLF001
             Verdict(state=State.FAILED, reason=reason, fault=fault, message=fault.message)
         )
+
+    def on_abort(self, close: Callable[[], None] | None) -> None:
+        """Have `close` called when the stream is sealed other than as completed, in that very step; None takes it back.
+
+        For a source that holds a wire, whose own task may be a long way from its next step. It must not block or raise,
+        and the source still closes its wire in a `finally`: this is only sooner.
+        """
+        self._stream._abort_wire = close  # noqa: SLF001
 
     def flush(self) -> None:
         """Publish what was appended: once per read, not per event."""

@@ -3,6 +3,8 @@
 **The task.** `Stream.run` is one task in the supervisor's root nursery. Its cancel scope exists before the task does, so a
 stop that comes before the first step is not lost. Inside the scope is the stream's own nursery, in which the source runs;
 `seal` cancels the scope, and leaving the nursery is what closes the wire, because the source closes it in its `finally`.
+A source whose wire can be closed without waiting says how (`Output.on_abort`): then `seal` closes it in the same step, unless
+the answer is complete. A cancel among thousands of busy streams need not wait for the loop to come round to the task.
 
 **What ends it.** Whoever calls `seal` first: the source (a terminal marker, a fault), a stop, a clock, a reap. If the source
 ends without a seal, then how it ended is the verdict: an exception is `failed(source_error)`; a return is
@@ -107,6 +109,7 @@ class Stream:
 
     __slots__ = (
         "__weakref__",
+        "_abort_wire",
         "_attempts",
         "_clocks",
         "_events",
@@ -172,6 +175,7 @@ class Stream:
         self._sealed_at: float | None = None
         self._stop: Verdict | None = None  # what a drain will end in
         self._marked: str | None = None
+        self._abort_wire: Callable[[], None] | None = None  # set by a source that holds a wire
         self._outcome: Outcome | None = None
         self._readers = 0
         self._attempts = 0
@@ -454,6 +458,8 @@ class Stream:
         self._supervisor.watchdog.arm(self)
         self._supervisor.stream_sealed(self)
         self._scope.cancel(reason=f"stream sealed: {verdict.state}({verdict.reason})")
+        if self._abort_wire is not None and verdict.state is not State.COMPLETED:
+            self._abort_wire()
         return True
 
     def expire(self, kind: ClockKind) -> None:

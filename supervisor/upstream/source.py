@@ -143,11 +143,18 @@ class HttpSource:
             return attempt.hide(_not_opened(exc))
         if not attempt.connected:  # an answer that came before the whole request was sent
             attempt.sent()
+        out.on_abort(exchange.abort)
         try:
             if 200 <= exchange.status < 300:
                 return await self._read(exchange, attempt)
             return attempt.hide(await self._refused(exchange))
+        except trio.ClosedResourceError:
+            # The seal closed the exchange while this task was about to run: no cancel was delivered to it.
+            if not out.sealed:
+                raise
+            return None
         finally:
+            out.on_abort(None)
             exchange.abort()  # of no effect after the aclose of an exchange that ended well
 
     async def _read(self, exchange: Exchange, attempt: _Attempt) -> _Failure | None:
