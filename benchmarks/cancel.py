@@ -15,6 +15,7 @@ how many streams were live, which share of the events sent was taken, and how bu
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import statistics
 import sys
@@ -204,8 +205,30 @@ async def httpx_asyncio(measured: Measured, base_url: str) -> None:
         await asyncio.wait(tasks.values())
 
 
+class FullCollections:
+    """Python's full garbage collections: each stops the process for tens of milliseconds, whatever it is doing."""
+
+    def __init__(self) -> None:
+        self.begun = 0.0
+        self.spans: list[tuple[float, float]] = []
+        gc.callbacks.append(self)
+
+    def __call__(self, phase: str, info: dict[str, int]) -> None:
+        if info["generation"] != 2:
+            return
+        if phase == "start":
+            self.begun = time.monotonic()
+        else:
+            self.spans.append((self.begun, time.monotonic()))
+
+    def hit(self, measured: Measured) -> int:
+        """Return how many cancels a full collection began within 50 ms after."""
+        return sum(0 <= begun - at < 0.05 for at in measured.cancelled.values() for begun, _ in self.spans)
+
+
 def worker(given: dict[str, Any]) -> dict[str, Any]:
     measure.raise_descriptor_limit()
+    collections, hit = FullCollections(), 0
     results: list[dict[str, Any]] = []
     with measure.program(str(Path(SCRIPT).with_name("pacer.py")), "--rate", str(given["rate"])) as upstream:
         base_url = upstream["base_url"]
@@ -220,6 +243,7 @@ def worker(given: dict[str, Any]) -> dict[str, Any]:
                     asyncio.run(httpx_asyncio(measured, base_url))
             if repeat or given["repeats"] == 1:  # the first of several warms up
                 results.append(measured.result(base_url))
+                hit += collections.hit(measured)
         seen = pacer.report(base_url)
     return {
         "ms": [value for result in results for value in result["ms"]],
@@ -227,6 +251,9 @@ def worker(given: dict[str, Any]) -> dict[str, Any]:
         "live": min(result["live"] for result in results),
         "busy": statistics.mean(result["busy"] for result in results),
         "rate": statistics.mean(result["rate"] for result in results),
+        "collected": hit,
+        "longest_collection_ms": 1e3
+        * max((ended - begun for begun, ended in collections.spans), default=0.0),
         "upstream": {name: seen[name] for name in ("sent", "late", "behind", "cpu_s")},
     }
 
@@ -264,6 +291,12 @@ def main() -> None:
                 f"live {min(r['live'] for r in runs)}, took {statistics.mean(r['rate'] for r in runs):.1f} events/s "
                 f"each, {100 * statistics.mean(r['busy'] for r in runs):.0f}% of a core, "
                 f"{sum(len(r['ms']) for r in runs)} cancels"
+                + (
+                    f", {hit} of them beside a full garbage collection of up to "
+                    f"{max(r['longest_collection_ms'] for r in runs):.0f} ms"
+                    if (hit := sum(r["collected"] for r in runs))
+                    else ""
+                )
                 + (f", {lost} not seen to close" if (lost := sum(r["unseen"] for r in runs)) else "")
             )
             for name, runs in results.items()
