@@ -63,7 +63,9 @@ def worker(given: dict[str, Any]) -> dict[str, Any]:
         await RUNNERS[given["contender"]](given["base_url"], given["model"], tally, load)
 
     trio.run(main)
-    live = max(1, tally.live - given["warm_up"])
+    live = tally.live - given["warm_up"]
+    if live < 0.9 * streams:
+        raise measure.WorkerError(f"only {live} of {streams} streams came to life in {given['start_s']} s")
     return {
         "kib": (read["after"] - read["before"]) / 1024 / live,
         "live": live,
