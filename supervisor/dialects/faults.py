@@ -103,7 +103,8 @@ _LATER: Final = re.compile(
 _TEMPORARY: Final = frozenset({"rate_limit", "overloaded", "server", "timeout", "network"})
 _CAMEL: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _NOT_WORD: Final = re.compile(r"[^a-z0-9]+")
-_TITLE: Final = re.compile(r"<title[^>]*>\s*(.*?)\s*</title", re.IGNORECASE | re.DOTALL)
+# No two parts of it can match the same characters, and none goes past a "<": its cost is linear, whatever the page.
+_TITLE: Final = re.compile(r"<title[^<>]*>([^<]*)", re.IGNORECASE)
 
 _MESSAGE_FIELDS: Final = (
     "message",
@@ -225,7 +226,7 @@ def http_fault(status: int, body: bytes) -> Fault:
     else:
         if (fault := find_fault(value, status=status, lenient=True)) is not None:
             return fault
-        message = value if isinstance(value, str) else shown(body)
+        message = value[:MAX_MESSAGE_CHARS] if isinstance(value, str) else shown(body)
     kind, temporary = classify(message=message, status=status)
     return Fault(
         kind=kind,
@@ -239,8 +240,8 @@ def http_fault(status: int, body: bytes) -> Fault:
 def shown(body: bytes, limit: int = 500) -> str:
     """Return the start of a body as one line of text; of an HTML page, its title."""
     text = body[: 8 * limit].decode("utf-8", "replace")
-    if title := _TITLE.search(text):
-        text = title[1]
+    if (title := _TITLE.search(text)) and not title[1].isspace():
+        text = title[1] or text
     text = " ".join(text.split())
     return text if len(text) <= limit else f"{text[:limit]}…"
 

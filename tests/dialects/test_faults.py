@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supervisor.dialects.faults import MAX_MESSAGE_CHARS, classify, error_fault, find_fault, http_fault
+from supervisor.dialects.faults import (
+    MAX_MESSAGE_CHARS,
+    classify,
+    error_fault,
+    find_fault,
+    http_fault,
+    shown,
+)
 from supervisor.dialects.openai_chat import OPENAI_CHAT
 
 json_values = st.recursive(
@@ -153,3 +160,63 @@ def test_any_json_gives_a_bounded_fault(value: Any, status: int) -> None:
 def test_long_messages_are_cut() -> None:
     """A message of megabytes is not carried along."""
     assert len(error_fault("x" * 1_000_000).message) == MAX_MESSAGE_CHARS
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<title>" + b" " * 2_000_000,
+        b"<title" * 300_000,
+        b"<title>" * 300_000,
+        b"<title>a" + b" \n" * 1_000_000 + b"</titl",
+    ],
+    ids=["spaces", "unclosed tags", "titles", "no end"],
+)
+def test_a_page_made_to_be_slow(body: bytes) -> None:
+    """Looking for a page's title ends, where a search that goes back over megabytes of it would not."""
+    assert shown(body, len(body))
+    assert http_fault(500, body).message
+
+
+HOSTILE = [
+    "wait" + "1" * 300_000,
+    "wait 1" + " " * 300_000,
+    "try again" * 30_000,
+    "input" * 60_000,
+    "prompt exceed" * 25_000,
+    "time" * 75_000,
+    "api" * 100_000,
+    "aB" * 150_000,
+    "_" * 300_000,
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: text[:12])
+def test_a_message_made_to_be_slow(text: str) -> None:
+    """A message and a code of 300 kB are classified, by patterns none of which goes back over what it has read."""
+    assert classify(message=text, words=(text,))
+    for body in (
+        text,
+        {"error": text},
+        {"error": {"message": [[text]] * 9, "code": text}},
+        {"detail": [text]},
+    ):
+        assert len(http_fault(500, json.dumps(body).encode()).message) <= MAX_MESSAGE_CHARS
+
+
+@pytest.mark.parametrize(
+    ("opening", "closing"),
+    [('{"error":', "}"), ('{"detail":', "}"), ("[", "]"), ('{"message":[', "]}"), ('{"errors":[', "]}")],
+)
+@pytest.mark.parametrize("depth", [7, 400, 400_000])
+def test_errors_nested_in_errors(opening: str, closing: str, depth: int) -> None:
+    """However deeply an error is nested, it gives a fault with a message; each level is looked at once."""
+    assert http_fault(500, (opening * depth + '"m"' + closing * depth).encode()).message
+
+
+def test_an_error_that_branches() -> None:
+    """An error whose every level has eight more in it costs no more than its own length."""
+    value = '"m"'
+    for _ in range(6):
+        value = f'{{"message":[{",".join([value] * 8)}]}}'
+    assert http_fault(500, value.encode()).message
