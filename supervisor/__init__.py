@@ -11,13 +11,15 @@ from supervisor.errors import (
     ConfigurationError,
     GapError,
     KeyConflictError,
+    StoreCorruptError,
     StoreError,
+    StoreLockedError,
     StreamSealedError,
     SupervisorClosedError,
     SupervisorError,
     UnknownStreamError,
 )
-from supervisor.stores import Event, MemoryStore
+from supervisor.stores import Event, MemoryStore, SQLiteStore
 from supervisor.streams import (
     CancelResult,
     Cursor,
@@ -57,11 +59,14 @@ __all__ = [
     "Outcome",
     "Output",
     "ReapReport",
+    "SQLiteStore",
     "Snapshot",
     "Source",
     "Started",
     "State",
+    "StoreCorruptError",
     "StoreError",
+    "StoreLockedError",
     "Stream",
     "StreamInfo",
     "StreamSealedError",

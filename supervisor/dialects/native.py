@@ -39,6 +39,8 @@ def encode(item: str | Delta | Mapping[str, Any]) -> tuple[bytes, tuple[Delta, .
         raise ConfigurationError("item", item, "a str, a Delta or a mapping")
     try:
         payload = _encode(delta)
+        if delta is item:
+            _decode_delta(payload)  # a Delta does not look at what it is made of
     except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as exc:
         raise ConfigurationError("item", item, f"something that JSON can hold ({exc})") from exc
     return payload, (delta,)

@@ -34,24 +34,30 @@ _NEVER = math.inf
 class Clocks:
     """The deadlines of one stream, in trio's clock."""
 
-    __slots__ = ("_deadlines", "_due", "_phase", "_total_at", "touched")
+    __slots__ = ("_deadlines", "_due", "_held", "_phase", "_total_at", "touched")
 
     def __init__(self, deadlines: Deadlines, now: float) -> None:
         self._deadlines = deadlines
         self._total_at = now + _seconds(deadlines.total_s)
         self._phase: Phase | None = None
+        self._held = 0
         self._due: dict[ClockKind, float] = {}  # drain, detach and cleanup, while they run
         self.touched = now
         """When the upstream last showed life: all that an event writes."""
 
-    @property
-    def phase(self) -> Phase | None:
-        """The phase whose clock runs."""
-        return self._phase
-
     def begin(self, phase: Phase | None, now: float) -> None:
         """Start the clock of a phase, in place of the one before. None: only the total clock runs."""
         self._phase = phase
+        self.touched = now
+
+    def hold(self, now: float) -> None:
+        """Rest the phase's clock until as many `release`."""
+        self._held += 1
+        self.touched = now
+
+    def release(self, now: float) -> None:
+        """End one `hold`; after the last the phase's clock starts anew."""
+        self._held -= 1
         self.touched = now
 
     def set(self, kind: Literal["drain", "detach", "cleanup"], due: float | None) -> None:
@@ -70,7 +76,7 @@ class Clocks:
     def next_due(self) -> tuple[float, ClockKind]:
         """Return the earliest deadline and its kind; infinity if none runs."""
         due, kind = self._total_at, "total"
-        if self._phase is not None:
+        if self._phase is not None and not self._held:
             limit = self._phase_limit()
             if self.touched + limit < due:
                 due, kind = self.touched + limit, self._phase

@@ -23,6 +23,7 @@ seen events that are no longer part of history, and is told so by `GapError`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import attrs
@@ -30,12 +31,15 @@ import msgspec
 import trio
 
 from supervisor.dialects import Dialect, UnparseableError
-from supervisor.errors import GapError, StoreError, StreamSealedError
+from supervisor.errors import ConfigurationError, GapError, StoreError, StreamSealedError
 from supervisor.stores.base import EVENT_OVERHEAD_BYTES, Event, Store
 
 __all__ = ["Cursor", "Journal"]
 
 Waker = Callable[[], None]
+
+_log = logging.getLogger("supervisor.streams")
+_RETRY_S = 1.0
 
 
 @attrs.frozen(order=True)
@@ -54,6 +58,8 @@ class Journal:
         "_dialect",
         "_durable_delivery",
         "_first",
+        "_max_event_bytes",
+        "_on_durable",
         "_sealed",
         "_store",
         "_tail",
@@ -79,14 +85,18 @@ class Journal:
         dialect: Dialect | None,
         tail_events: int,
         tail_bytes: int,
+        max_event_bytes: int = 4 << 20,
         durable_delivery: bool = False,
+        on_durable: Callable[[int], None] | None = None,
     ) -> None:
         self.stream_id = stream_id
         self._store = store
         self._dialect = dialect
         self._tail_events_limit = tail_events
         self._tail_bytes_limit = tail_bytes
+        self._max_event_bytes = max_event_bytes
         self._durable_delivery = durable_delivery
+        self._on_durable = on_durable
         self._tail: list[Event] = []
         self._first = 1  # the seq of _tail[0]
         self._unpublished = 0
@@ -120,9 +130,12 @@ class Journal:
         return self._closed
 
     def add(self, at: float, kind: str, payload: bytes, name: str = "", text: str = "") -> None:
-        """Put an event into the tail. Raises StreamSealedError once the stream is sealed."""
+        """Put an event into the tail. Raises StreamSealedError once the stream is sealed, ConfigurationError if it is too big."""
         if self._sealed:
             raise StreamSealedError(self.stream_id)
+        if len(payload) > self._max_event_bytes:
+            expected = f"at most {self._max_event_bytes} bytes (Limits.max_event_bytes), not {len(payload)}"
+            raise ConfigurationError("event", payload[:64], expected)
         tail = self._tail
         tail.append(Event(self.epoch, self._first + len(tail), at, kind, payload, name, text))
         self.tail_bytes += len(payload) + len(name) + len(text) + EVENT_OVERHEAD_BYTES
@@ -176,17 +189,24 @@ class Journal:
     async def follow_durability(self) -> None:
         """Show readers what has become durable, where delivery waits for it, until the journal is closed or has failed.
 
-        A store that cannot make it durable is reported by the outcome, which waits for the same.
+        A store that fails for a while is asked again; one that fails for good is told of by the outcome.
         """
         while not self._closed and self.failure is None:
             seq = self.published_seq
-            if seq > self.durable_seen:
-                await self._store.wait_durable(self.stream_id, seq)
-                self.durable_seen = max(seq, self.durable_seen)
-                self._wake()
-            else:
+            if seq <= self.durable_seen:
                 self._to_follow = trio.Event()
                 await self._to_follow.wait()
+                continue
+            try:
+                await self._store.wait_durable(self.stream_id, seq)
+            except StoreError as error:
+                _log.warning("stream %s: readers wait for events to be durable: %s", self.stream_id, error)
+                await trio.sleep(_RETRY_S)
+            else:
+                self.durable_seen = max(seq, self.durable_seen)
+                if self._on_durable is not None:
+                    self._on_durable(self.durable_seen)
+                self._wake()
 
     def restore(self, *, last_seq: int, epoch_starts: tuple[tuple[int, int], ...]) -> None:
         """Become the journal of an ended stream: everything is in the store."""
@@ -196,11 +216,16 @@ class Journal:
         self.epoch = epoch_starts[-1][0]
         self._sealed = self._closed = True
 
-    def release_tail(self) -> None:
-        """Let go of the tail of a closed journal: from now on it is read from the store."""
-        self._first += len(self._tail)
-        self._tail.clear()
-        self.tail_bytes = 0
+    def release_tail(self, *, keep_bytes: int = 0) -> None:
+        """Let go of the tail of a closed journal but its newest `keep_bytes`: the rest is read from the store."""
+        kept = len(self._tail)
+        held = 0
+        while kept and held + self._tail[kept - 1].nbytes <= keep_bytes:
+            kept -= 1
+            held += self._tail[kept].nbytes
+        del self._tail[:kept]
+        self._first += kept
+        self.tail_bytes = held
 
     def _trim(self) -> None:
         durable = self._store.durable_seq(self.stream_id)
@@ -268,7 +293,13 @@ class Journal:
 
     def _wake(self) -> None:
         for waker in tuple(self._wakers):
-            waker()
+            try:
+                waker()
+            except Exception:  # noqa: BLE001  # the reader's own trouble; it is logged
+                self._wakers.pop(waker, None)
+                _log.exception(
+                    "stream %s: a reader's wake raised; it will not be woken again", self.stream_id
+                )
 
     def _gap(self, cursor: Cursor, *, earliest: int) -> GapError:
         return GapError(

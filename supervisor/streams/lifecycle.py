@@ -26,6 +26,7 @@ import attrs
 import msgspec
 
 from supervisor.dialects import Fault, Usage
+from supervisor.errors import ConfigurationError
 
 __all__ = [
     "LIVE_STATES",
@@ -101,20 +102,57 @@ REASONS: Mapping[State, frozenset[str] | None] = MappingProxyType(
     }
 )
 
+MAX_REASON_CHARS = 64
+MAX_MESSAGE_CHARS = 2000
+MAX_ACTOR_CHARS = 256
+
 UsageQuality = str
 """`exact`: the provider's final figure; `provider_partial`: its latest before the end; `estimated`; `unknown`."""
 
 
+def _storable_text(field: str, value: object, limit: int) -> str:
+    """Return text that can be stored and shown: cut to `limit` characters, without lone surrogates."""
+    if not isinstance(value, str):
+        raise ConfigurationError(field, value, f"a string of at most {limit} characters")
+    cut = value if len(value) <= limit else f"{value[: limit - 1]}…"
+    return cut if cut.isascii() else cut.encode("utf-8", "replace").decode()
+
+
+def _reason(value: str) -> str:
+    return _storable_text("reason", value, MAX_REASON_CHARS)
+
+
+def _actor(value: str | None) -> str | None:
+    return None if value is None else _storable_text("actor", value, MAX_ACTOR_CHARS)
+
+
+def _message(value: str) -> str:
+    return _storable_text("message", value, MAX_MESSAGE_CHARS)
+
+
+def _storable(fault: Fault | None) -> Fault | None:
+    if fault is None:
+        return None
+    if not isinstance(fault, Fault):
+        raise ConfigurationError("fault", fault, "a Fault, or None")
+    code = None if fault.code is None else _storable_text("code", fault.code, MAX_ACTOR_CHARS)
+    return msgspec.structs.replace(fault, message=_message(fault.message), code=code)
+
+
 @attrs.frozen(kw_only=True)
 class Verdict:
-    """How a stream is to end, as the one who wants to end it says."""
+    """How a stream is to end, as the one who wants to end it says.
+
+    Texts are cut to a bounded length. Raises ConfigurationError for what is no text, and ValueError for a reason that does
+    not belong to the state: nothing gets into an outcome that could not be read back from a store.
+    """
 
     state: State
-    reason: str
-    actor: str | None = None
+    reason: str = attrs.field(converter=_reason)
+    actor: str | None = attrs.field(default=None, converter=_actor)
     """Who asked, where somebody did: a client's name, `parent`, `memory`, another stream's id."""
-    message: str = ""
-    fault: Fault | None = None
+    message: str = attrs.field(default="", converter=_message)
+    fault: Fault | None = attrs.field(default=None, converter=_storable)
 
     def __attrs_post_init__(self) -> None:
         if self.state not in TERMINAL_STATES:

@@ -44,6 +44,8 @@ class Reaped:
     age_s: float
     idle_s: float
     bytes_held: int
+    settled: bool = False
+    """Whether its outcome was durable when this was told; until then a crash could still make it `interrupted`."""
 
 
 @attrs.frozen(kw_only=True)
@@ -63,7 +65,7 @@ class MemoryStatistics:
     bytes_held: int
     sweeps: int
     reaped: Mapping[str, int]
-    """By reason, since the start."""
+    """Outcomes by reason, since the start."""
 
 
 class MemoryManager:
@@ -123,27 +125,38 @@ class MemoryManager:
             self._wake = trio.Event()
             await self.sweep()
 
-    async def sweep(self, *, dry_run: bool = False) -> ReapReport:
-        """Reap what the policy says, in slices; with `dry_run` only say what would go. Cancelling it ends nothing half-way."""
+    async def sweep(self, *, dry_run: bool = False, wait_s: float = 0.0) -> ReapReport:
+        """Reap what the policy says, in slices, and wait at most `wait_s` for the outcomes.
+
+        With `dry_run` only say what would go. Cancelling it ends nothing half-way.
+        """
         live = len(self._live)
         self._sweeps += not dry_run
         reaped: list[Reaped] = []
         await trio.lowlevel.checkpoint()
         chosen = list(self.candidates(trio.current_time()))
+        ended: list[Stream] = []
         for done, (stream, reason, message) in enumerate(chosen, start=1):
             entry = self._entry(stream, reason, message)
-            if dry_run or self.reap(stream, reason, message):
+            if dry_run or stream.reaped(reason, message):
                 reaped.append(entry)
+                ended.append(stream)
             if done % SLICE == 0:
                 await trio.lowlevel.checkpoint()
+        if ended and wait_s > 0 and not dry_run:
+            with trio.move_on_after(wait_s):
+                for stream in ended:
+                    await stream.settled()
+            reaped = [
+                attrs.evolve(entry, settled=stream.outcome is not None)
+                for entry, stream in zip(reaped, ended, strict=True)
+            ]
         return ReapReport(dry_run=dry_run, live=live, reaped=tuple(reaped))
 
-    def reap(self, stream: Stream, reason: str, message: str) -> bool:
-        """End one stream. False if it had ended."""
-        if not stream.reaped(reason, message):
-            return False
-        self._reaped[reason] = self._reaped.get(reason, 0) + 1
-        return True
+    def count(self, reason: str) -> None:
+        """Count an outcome, if it was a reap."""
+        if reason.startswith("reaped_"):
+            self._reaped[reason] = self._reaped.get(reason, 0) + 1
 
     def candidates(self, now: float) -> Iterator[tuple[Stream, str, str]]:
         """Yield who is to go and why, each stream once, in the order of the rules. Changes nothing."""

@@ -43,6 +43,7 @@ class Output:
         "_store",
         "_stream",
         "_streaming",
+        "_undurable",
         "id",
         "nursery",
     )
@@ -55,6 +56,7 @@ class Output:
         self._store = stream._supervisor.store  # noqa: SLF001
         self._lifecycle = stream._lifecycle  # noqa: SLF001
         self._max_event_bytes = stream._max_event_bytes  # noqa: SLF001
+        self._undurable = stream._undurable  # noqa: SLF001
         self._streaming = False
         self.id = stream.id
         self.nursery = nursery
@@ -104,9 +106,9 @@ class Output:
 
     def attempt(self, number: int, *, cause: str | None = None, delay_s: float = 0.0, **details: Any) -> None:
         """Journal the start of an attempt; its connect clock starts. `details` are JSON values."""
-        self._stream._attempts = number  # noqa: SLF001
         record = {"attempt": number, "cause": cause, "delay_s": delay_s, **details}
         self._journal.add(time.time(), "attempt", msgspec.json.encode(record))
+        self._stream._attempts = number  # noqa: SLF001
         self._streaming = False
         self._stream._enter(State.CONNECTING, "connect")  # noqa: SLF001
         self.flush()
@@ -133,15 +135,11 @@ class Output:
             text = "" if delta.choice else delta.text
         else:
             text = "".join([delta.text for delta in deltas if not delta.choice])
-        if len(payload) > self._max_event_bytes:
-            raise ConfigurationError(
-                "event",
-                payload[:64],
-                f"at most {self._max_event_bytes} bytes (Limits.max_event_bytes), not {len(payload)}",
-            )
         self._journal.add(time.time(), "data", payload, name, text)
         for delta in deltas:
             self._fold.apply(delta)
+        if self._undurable is not None:
+            self._undurable.append((self._journal.tail_seq, deltas))
         if not self._streaming:
             self._streaming = True
             stream._enter(State.STREAMING, "idle")  # noqa: SLF001
@@ -149,7 +147,6 @@ class Output:
 
     def skip(self, payload: bytes, why: str) -> None:
         """Count and journal a payload that could not be read."""
-        self._stream._skipped += 1  # noqa: SLF001
         kept = payload[:_MAX_SKIPPED_BYTES]
         record: dict[str, Any] = {"why": why, "bytes": len(payload)}
         try:
@@ -157,6 +154,7 @@ class Output:
         except UnicodeDecodeError:
             record["payload_b64"] = base64.b64encode(kept).decode()
         self._journal.add(time.time(), "skipped", msgspec.json.encode(record))
+        self._stream._skipped += 1  # noqa: SLF001
 
     def touch(self) -> None:
         """Note that the upstream shows life without an event."""
@@ -204,11 +202,10 @@ class Output:
 
     async def flow(self) -> None:
         """Wait until the store has caught up; of the clocks only the total runs meanwhile. A cancel leaves nothing behind."""
-        phase = self._clocks.phase
-        self._clocks.begin(None, trio.current_time())
+        self._clocks.hold(trio.current_time())
         try:
             await self._store.wait_flow()
         finally:
+            self._clocks.release(trio.current_time())
             if not self.sealed:
-                self._clocks.begin(phase, trio.current_time())
                 self._stream._supervisor.watchdog.arm(self._stream)  # noqa: SLF001  # as above

@@ -144,6 +144,8 @@ class Limits:
     tombstone_s: float = attrs.field(default=60.0, validator=_positive)
     max_finished: int = attrs.field(default=1000, validator=_whole)
     """Ended streams kept in memory (their keys stay claimed meanwhile); the store keeps its own."""
+    max_finished_bytes: int = attrs.field(default=64 << 20, validator=_whole)
+    """What the ended streams kept in memory may hold; the oldest go first."""
     finished_s: float | None = attrs.field(default=3600.0, validator=_positive_or_none)
     max_readers: int = attrs.field(default=1000, validator=_whole)
     """Subscriptions of one stream."""
@@ -191,33 +193,47 @@ def _labels(_instance: object, _attribute: attrs.Attribute[Any], value: object) 
         )
 
 
+def _upstream(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None and not (isinstance(value, str) and 0 < len(value) <= MAX_KEY_CHARS):
+        raise ConfigurationError("upstream", value, f"a name of 1 to {MAX_KEY_CHARS} characters, or None")
+
+
+def _meta(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ConfigurationError("meta", value, "a mapping of strings to JSON values")
+
+
 @attrs.frozen(kw_only=True)
 class StreamSpec:
     """What is known of a stream before it starts; kept with it, and written to the store as its head."""
 
     key: str | None = attrs.field(default=None, validator=_key)
-    upstream: str | None = None
-    dialect: str = "native"
+    upstream: str | None = attrs.field(default=None, validator=_upstream)
+    dialect: str = attrs.field(default="native", validator=attrs.validators.instance_of(str))
     labels: Mapping[str, str] = attrs.field(factory=dict, validator=_labels)
     deadlines: Deadlines = attrs.field(factory=Deadlines, validator=attrs.validators.instance_of(Deadlines))
     on_detach: OnDetach = attrs.field(factory=OnDetach, validator=attrs.validators.instance_of(OnDetach))
     delivery: Delivery = attrs.field(default="immediate", validator=_one_of(*get_args(Delivery)))
-    meta: Mapping[str, Any] = attrs.field(factory=dict)
-    """Small facts for the record, such as the model asked for. JSON values."""
+    meta: Mapping[str, Any] = attrs.field(factory=dict, validator=_meta)
+    """Small facts for the record, such as the model asked for. JSON values, at most 64 KiB of them."""
 
 
 # --- ids -------------------------------------------------------------------------------------------------------------
 
+MAX_META_BYTES = 64 << 10
+_ID_CHARS = 26
 _BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's alphabet, lower case: sorts as the number does
 
 
-def monotonic_ids(clock: Callable[[], float] = time.time) -> IdFactory:
+def monotonic_ids(clock: Callable[[], float] = time.time, *, after: str | None = None) -> IdFactory:
     """Return a maker of ids that sort by the time they were made: 26 characters, a ULID in lower case.
 
     Within one millisecond, and when the clock goes back, the random part counts up instead
-    (https://github.com/ulid/spec, "Monotonicity").
+    (https://github.com/ulid/spec, "Monotonicity"). With `after` all sort after that id, if it is one of these.
     """
     last = 0
+    if after is not None and len(after) == _ID_CHARS and all(char in _BASE32 for char in after):
+        last = sum(_BASE32.index(char) << (5 * place) for place, char in enumerate(reversed(after)))
 
     def new_id() -> str:
         nonlocal last

@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 import trio
 
-from supervisor.dialects import Dialect, Fault, Fold, Snapshot
+from supervisor.dialects import Delta, Dialect, Fault, Fold, Snapshot
 from supervisor.errors import (
     AdmissionError,
     ConfigurationError,
@@ -51,6 +52,7 @@ __all__ = ["CancelOutcome", "CancelResult", "Stream", "StreamInfo"]
 
 _log = logging.getLogger("supervisor.streams")
 
+_ENDED_TAIL_BYTES = 16 << 10
 CancelOutcome = Literal["won", "already_terminal", "requested", "tombstoned"]
 
 
@@ -68,6 +70,8 @@ class CancelResult:
     key: str | None
     state: State | None
     reason: str | None
+    error: str | None = None
+    """Why there is no answer, where many were cancelled together: the outcome of this one could not be recorded."""
 
 
 @attrs.frozen(kw_only=True)
@@ -127,12 +131,15 @@ class Stream:
         "_scope",
         "_sealed_at",
         "_settled",
+        "_shown",
         "_skipped",
         "_source",
         "_spec",
         "_started",
         "_stop",
         "_supervisor",
+        "_undurable",
+        "_written",
         "cleanup_error",
         "created_at",
         "id",
@@ -164,9 +171,15 @@ class Stream:
             dialect=dialect,
             tail_events=limits.tail_events,
             tail_bytes=limits.tail_bytes,
+            max_event_bytes=limits.max_event_bytes,
             durable_delivery=spec.delivery == "durable",
+            on_durable=self._show,
         )
         self._fold = Fold()
+        # With `delivery="durable"` a second fold follows what is durable: it is what a snapshot shows.
+        durable = spec.delivery == "durable"
+        self._shown = Fold() if durable else self._fold
+        self._undurable: deque[tuple[int, tuple[Delta, ...]]] | None = deque() if durable else None
         self._clocks = Clocks(spec.deadlines, now)
         self._scope = trio.CancelScope()
         self._settled = trio.Event()
@@ -176,6 +189,7 @@ class Stream:
         self._stop: Verdict | None = None  # what a drain will end in
         self._marked: str | None = None
         self._abort_wire: Callable[[], None] | None = None  # set by a source that holds a wire
+        self._written: Event | None = None  # the outcome as it was handed to the store
         self._outcome: Outcome | None = None
         self._readers = 0
         self._attempts = 0
@@ -278,8 +292,12 @@ class Stream:
         assert self._outcome is not None, "a settled stream has an outcome or a store error"
         return self._outcome
 
+    async def settled(self) -> None:
+        """Wait until the outcome is durable, or could not be made so: `wait` tells which."""
+        await self._settled.wait()
+
     def snapshot(self) -> Snapshot:
-        """Return the fold of everything received so far.
+        """Return the fold of everything received so far; with `delivery="durable"`, of everything durable.
 
         Raises SupervisorError for an ended stream that is no longer in memory: `read_snapshot` reads it from the store.
         """
@@ -287,7 +305,9 @@ class Stream:
             raise SupervisorError(
                 f"stream {self.id} is no longer in memory; use `await stream.read_snapshot()`"
             )
-        return self._fold.snapshot(epoch=self._journal.epoch, seq=self._journal.tail_seq)
+        if not self._lifecycle.sealed and self._journal.publish():  # so that its cursor is one to go on from
+            self._published()
+        return self._shown.snapshot(epoch=self._journal.epoch, seq=self._journal.visible_seq)
 
     async def read_snapshot(self) -> Snapshot:
         """Return the fold, from memory or by reading the stored journal. Raises GapError if part of that is gone."""
@@ -379,7 +399,10 @@ class Stream:
             await self._run_source()
         except BaseException as error:  # noqa: ASYNC103, BLE001  # split by whose it is; theirs is raised again below
             passing = self._source_raised(error)
-        await self._finish()
+        try:
+            await self._finish()
+        finally:
+            self._supervisor.stream_unwound()
         if passing is not None:
             raise passing
 
@@ -413,7 +436,7 @@ class Stream:
             ours, theirs = error, None
         else:
             ours, theirs = None, error
-        if ours is not None and not _only_sealed(ours):
+        if ours is not None and not (self._lifecycle.sealed and _only_sealed(ours, self.id)):
             message = _told(ours)
             if self._seal(Verdict(state=State.FAILED, reason="source_error", message=message)):
                 _log.warning("stream %s: its source raised: %s", self.id, message, exc_info=ours)
@@ -427,17 +450,20 @@ class Stream:
         return theirs
 
     def _enter(self, state: State, phase: Phase | None) -> None:
-        self._lifecycle.advance(state)
-        self._clocks.begin(phase, trio.current_time())
-        if not self._lifecycle.sealed:
+        if not self._lifecycle.sealed:  # a sealed stream has one clock left: that of its cleanup
+            self._lifecycle.advance(state)
+            self._clocks.begin(phase, trio.current_time())
             self._supervisor.watchdog.arm(self)
 
     def _published(self) -> None:
         self._last_event = self._clocks.touched = trio.current_time()
         held = self._journal.tail_bytes + self._fold.nbytes
+        if self._shown is not self._fold:
+            held += self._shown.nbytes
         self._supervisor.memory.account(self, held - self._held)
         self._held = held
 
+    @trio.lowlevel.enable_ki_protection  # a Ctrl-C between its steps would leave a stream that can never end
     def _seal(self, verdict: Verdict) -> bool:
         """Decide the ending, first writer wins, and start the end: nothing is added from here on. No await inside."""
         if not self._lifecycle.seal(verdict):
@@ -446,18 +472,15 @@ class Stream:
         try:
             if self._journal.publish():
                 self._published()
-        except (
-            StoreError
-        ) as error:  # a seal does not fail: the outcome will find the store in the same state, and tell
-            _log.error(
-                "stream %s: its last events could not be handed to the store: %s", self.id, error
-            )  # the store's error says it all
-        self._journal.seal()
-        self._clocks.stop()
-        self._clocks.set("cleanup", trio.current_time() + self._supervisor.limits.cleanup_s)
-        self._supervisor.watchdog.arm(self)
-        self._supervisor.stream_sealed(self)
-        self._scope.cancel(reason=f"stream sealed: {verdict.state}({verdict.reason})")
+        except Exception:  # noqa: BLE001  # a seal does not fail: the outcome will find the store in the same state, and tell
+            _log.exception("stream %s: its last events could not be handed to the store", self.id)
+        finally:
+            self._journal.seal()
+            self._clocks.stop()
+            self._clocks.set("cleanup", trio.current_time() + self._supervisor.limits.cleanup_s)
+            self._supervisor.watchdog.arm(self)
+            self._supervisor.stream_sealed(self)
+            self._scope.cancel(reason=f"stream sealed: {verdict.state}({verdict.reason})")
         if self._abort_wire is not None and verdict.state is not State.COMPLETED:
             self._abort_wire()
         return True
@@ -493,42 +516,74 @@ class Stream:
         """Seal the stream as cancelled for the supervisor. False if it had been sealed before."""
         return self._seal(Verdict(state=State.CANCELLED, reason=reason, actor=actor, message=message))
 
+    @trio.lowlevel.enable_ki_protection
     async def _finish(self) -> None:
         """Write the outcome, wait until it is durable, announce it. Once; shielded, and bounded by `settle_s`."""
         if self._finishing:
             return
         self._finishing = True
-        verdict, sealed_at = self._lifecycle.verdict, self._sealed_at
-        assert verdict is not None, "a stream finishes sealed"
-        assert sealed_at is not None, "a sealed stream has the time of its seal"
-        outcome = self._conclude(verdict, sealed_at)
-        event = Event(outcome.epoch, outcome.last_seq, sealed_at, "outcome", outcome.to_json())
         settle_s = self._supervisor.limits.settle_s
         failure: StoreError | None = None
+        event: Event | None = None
+        outcome: Outcome | None = None
         with trio.CancelScope(shield=True, deadline=trio.current_time() + settle_s):
             try:
-                self._journal.write_outcome(event, state=verdict.state.value, ended_at=sealed_at)
+                outcome = self._conclude()
+                event = Event(outcome.epoch, outcome.last_seq, outcome.ended_at, "outcome", outcome.to_json())
+                self._journal.write_outcome(event, state=outcome.state.value, ended_at=outcome.ended_at)
+                self._written = event
                 await self._supervisor.store.wait_durable(self.id, event.seq)
+                self._outcome = outcome
             except StoreError as error:
                 failure = error
-            else:
-                self._outcome = outcome
-        if self._outcome is not None:
-            self._lifecycle.announce()
-            self._journal.close(event)
+            except Exception as error:  # noqa: BLE001  # whatever a store raises, it is this stream's trouble and no other's
+                _log.exception("stream %s: its outcome could not be recorded", self.id)
+                failure = StoreError(f"stream {self.id}: its outcome could not be recorded: {_told(error)}")
+        self._clocks.stop()
+        self._supervisor.watchdog.discard(self)
+        self._source = None
+        if self._outcome is not None and event is not None:
+            self._announce(event)
         else:
             if failure is None:
                 failure = StoreError(f"stream {self.id}: its outcome was not durable after {settle_s:g} s")
             _log.error("stream %s: its outcome could not be recorded: %s", self.id, failure)
             self._journal.fail(failure)
-        self._clocks.stop()
-        self._supervisor.watchdog.discard(self)
-        self._source = None
-        self._settled.set()
-        self._supervisor.stream_settled(self)
-        self._let_go()
+            self._settled.set()
+            self._supervisor.stream_unrecorded(self, hopeless=self._written is None)
 
-    def _conclude(self, verdict: Verdict, sealed_at: float) -> Outcome:
+    def _announce(self, event: Event) -> None:
+        """Show the ending, now that it is durable."""
+        self._lifecycle.announce()
+        if self._undurable is not None:
+            self._undurable.clear()
+            self._shown = self._fold
+        self._journal.failure = None
+        self._journal.close(event)
+        self._settled.set()
+        self._let_go()
+        self._supervisor.stream_settled(self)
+
+    def announce_late(self) -> bool:
+        """Announce an outcome that took longer than anybody was made to wait. False if it is not durable yet."""
+        event = self._written
+        if event is None or self._supervisor.store.durable_seq(self.id) < event.seq:
+            return False
+        self._outcome = Outcome.from_json(event.payload)
+        self._announce(event)
+        return True
+
+    def _show(self, durable_seq: int) -> None:
+        """Fold what has become durable into what a snapshot shows."""
+        waiting = self._undurable
+        while waiting and waiting[0][0] <= durable_seq:
+            for delta in waiting.popleft()[1]:
+                self._shown.apply(delta)
+
+    def _conclude(self) -> Outcome:
+        verdict, sealed_at = self._lifecycle.verdict, self._sealed_at
+        assert verdict is not None, "a stream finishes sealed"
+        assert sealed_at is not None, "a sealed stream has the time of its seal"
         usage = self._fold.usage
         quality = "unknown"
         if usage is not None:
@@ -623,28 +678,29 @@ class Stream:
             self._clocks.set("detach", trio.current_time() + self._spec.on_detach.grace_s)
 
     def _let_go(self) -> None:
-        """Release the tail of an ended stream that nobody reads: the store has it."""
-        if self._journal.closed and not self._readers and not self._restored:
-            self._journal.release_tail()
-            self._held = self._fold.nbytes
+        """Release the tail of an ended stream, but what its readers most likely still want: the store has it."""
+        if self._journal.closed and not self._restored:
+            self._journal.release_tail(keep_bytes=_ENDED_TAIL_BYTES if self._readers else 0)
+            self._held = self._fold.nbytes + self._journal.tail_bytes
 
     async def follow_durability(self) -> None:
         """Show readers what becomes durable, for `delivery="durable"`."""
-        try:
-            await self._journal.follow_durability()
-        except StoreError as error:
-            _log.warning("stream %s: readers that wait for durability see nothing new: %s", self.id, error)
+        await self._journal.follow_durability()
 
 
-def _only_sealed(error: BaseException) -> bool:
-    """Whether an error is nothing but the sign that the stream had been sealed."""
+def _only_sealed(error: BaseException, stream_id: str) -> bool:
+    """Whether an error is nothing but the sign that this stream had been sealed."""
     if isinstance(error, BaseExceptionGroup):
-        return all(_only_sealed(part) for part in error.exceptions)
-    return isinstance(error, StreamSealedError)
+        return all(_only_sealed(part, stream_id) for part in error.exceptions)
+    return isinstance(error, StreamSealedError) and error.stream_id == stream_id
 
 
 def _told(error: BaseException) -> str:
     """Say what an exception is, in one line: of a group, its parts."""
     if isinstance(error, BaseExceptionGroup):
         return "; ".join(_told(part) for part in error.exceptions)
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001  # an exception that cannot say what it is still has a name
+        text = "(it cannot be shown)"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

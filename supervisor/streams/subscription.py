@@ -91,7 +91,8 @@ class Subscription:
         if self._entered and not self._closed:
             self._stream._detach(self._notify)  # noqa: SLF001  # as above
         self._closed = True
-        self._notify()
+        if self._arrived is not None:
+            self._arrived.set()
 
     # --- reading -----------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ from supervisor.errors import (
     AdmissionError,
     ConfigurationError,
     KeyConflictError,
+    StoreCorruptError,
     StoreError,
     SupervisorClosedError,
     UnknownStreamError,
@@ -45,6 +46,7 @@ from supervisor.streams.clocks import Watchdog
 from supervisor.streams.lifecycle import Outcome, State
 from supervisor.streams.memory import SLICE, MemoryManager, MemoryStatistics, ReapReport
 from supervisor.streams.spec import (
+    MAX_META_BYTES,
     Deadlines,
     Delivery,
     IdFactory,
@@ -61,6 +63,8 @@ from supervisor.streams.stream import CancelResult, Stream, StreamInfo
 __all__ = ["Health", "Started", "Supervisor", "SupervisorStatistics", "open_supervisor"]
 
 _log = logging.getLogger("supervisor.streams")
+_MAX_REASONS = 64  # distinct reasons counted for one state
+_LATE_S = 1.0  # between two looks at outcomes that were not durable in time
 
 Phase = Literal["open", "draining", "closed"]
 
@@ -80,7 +84,12 @@ class SupervisorStatistics:
     state: Phase
     live: int
     settling: int
+    unrecorded: int
+    """Of the settling ones, those whose outcome could not be made durable in time; it is announced if it still can be."""
     finished_in_memory: int
+    finished_bytes: int
+    tasks: int
+    """Streams' tasks, with those of sources that have not ended after the seal."""
     keys: int
     tombstones: int
     readers: int
@@ -122,17 +131,21 @@ class Supervisor:
         deadlines: Deadlines,
         memory: MemoryPolicy,
         dialects: Iterable[Dialect],
-        new_id: IdFactory,
+        new_id: IdFactory | None,
     ) -> None:
         self._nursery = nursery
         self.store = store
         self.limits = limits
         self.deadlines = deadlines
-        self._new_id = new_id
+        self._new_id = new_id  # None: `recover` makes one that goes on from the store's
         self._dialects: dict[str, Dialect] = {**BUILTIN, **{dialect.name: dialect for dialect in dialects}}
         self._live: dict[str, Stream] = {}
         self._settling: dict[str, Stream] = {}
-        self._finished: dict[str, tuple[float, Stream]] = {}
+        self._unrecorded: dict[
+            str, Stream
+        ] = {}  # of the settling ones, those that nobody is made to wait for
+        self._finished: dict[str, tuple[float, Stream, int]] = {}
+        self._finished_bytes = 0
         self._keys: dict[str, Stream] = {}
         self._tombstones: dict[str, _Tombstone] = {}
         self._phase: Phase = "open"
@@ -140,6 +153,7 @@ class Supervisor:
         self.watchdog: Watchdog[Stream] = Watchdog(lambda stream: stream.clocks, Stream.expire)
         self.memory = MemoryManager(memory, self._live)
         self.readers = 0
+        self._tasks = 0
         self._started = 0
         self._attached = 0
         self._rejected = 0
@@ -182,6 +196,7 @@ class Supervisor:
             meta=meta,
         ).stream
 
+    @trio.lowlevel.enable_ki_protection
     def start_nowait(
         self,
         source: Source,
@@ -224,6 +239,8 @@ class Supervisor:
             head = msgspec.json.encode(spec)
         except (TypeError, ValueError) as error:
             raise ConfigurationError("meta", meta, "values that JSON can hold") from error
+        if len(head) > MAX_META_BYTES and len(msgspec.json.encode(spec.meta)) > MAX_META_BYTES:
+            raise ConfigurationError("meta", "(it is too long)", f"at most {MAX_META_BYTES} bytes as JSON")
         if self._phase != "open":
             raise SupervisorClosedError(self._phase)
         holder = self._keys.get(key) if key is not None else None
@@ -234,11 +251,16 @@ class Supervisor:
             if on_conflict == "reject":
                 assert key is not None, "only a key has a holder"
                 raise KeyConflictError(key, stream_id=holder.id, state=holder.state.value)
-        self._admit(replacing=holder)
+        oldest = self._admit(replacing=holder)
+        assert self._new_id is not None, "a supervisor recovers before it starts streams"
         stream = Stream(self, self._new_id(), spec, source, dialect=chosen or self._dialects["native"])
         self.store.create(
             StoredStream(id=stream.id, key=spec.key, created_at=stream.created_at, head=head)
         )  # first: if it refuses, nothing else has changed
+        if oldest is not None:
+            oldest.reaped(
+                "reaped_count", f"{self.limits.max_live} streams are live, the limit; the oldest made room"
+            )
         if holder is not None:
             holder.stop_for("replaced", actor=stream.id)
         if chosen is not None:
@@ -246,22 +268,22 @@ class Supervisor:
         self._register(stream, spec)
         return Started(stream, created=True)
 
-    def _admit(self, *, replacing: Stream | None) -> None:
-        """Make sure that there is room for one more, or raise AdmissionError with nothing changed."""
+    def _admit(self, *, replacing: Stream | None) -> Stream | None:
+        """Return the stream that is to make room for one more, None if there is room; or raise AdmissionError."""
         freed = replacing is not None and not replacing.sealed
         busy = len(self._live) - freed
         full = busy >= self.limits.max_live
-        # Streams that are settling hold tasks and sockets too: they may be as many again as live ones, and no more.
-        choked = len(self._settling) >= max(self.limits.max_live, SLICE)
-        if choked or (full and self.limits.when_full == "reject"):
+        # Streams that are settling, and sources that have not ended after the seal, hold memory and perhaps sockets too: there
+        # may be as many of them again as live ones, and no more.
+        ending = max(len(self._settling), self._tasks - len(self._live))
+        if ending >= max(self.limits.max_live, SLICE) or (full and self.limits.when_full == "reject"):
             self._rejected += 1
             raise AdmissionError(
                 live=busy, limit=self.limits.max_live, retry_after_s=self.limits.retry_after_s
             )
-        if full:
-            oldest = next(stream for stream in self._live.values() if stream is not replacing)
-            message = f"{busy} streams are live and the limit is {self.limits.max_live}; the oldest made room"
-            self.memory.reap(oldest, "reaped_count", message)
+        if not full:
+            return None
+        return next(stream for stream in self._live.values() if stream is not replacing)
 
     def _register(self, stream: Stream, spec: StreamSpec) -> None:
         self._live[stream.id] = stream
@@ -270,6 +292,7 @@ class Supervisor:
         if spec.key is not None:
             self._keys[spec.key] = stream
         self._started += 1
+        self._tasks += 1
         stream.arm_first_clocks()
         self.memory.admitted(stream)
         self._nursery.start_soon(stream.run, name=f"stream {stream.id}")
@@ -351,9 +374,9 @@ class Supervisor:
                 if stored.id in found:
                     matched += 1
                 elif stored.outcome is not None and not self._in_memory(stored.id):
-                    stream = self._restored(stored)
-                    if _matches(stream, wanted, labels, key, upstream):
-                        found[stream.id] = stream.info()
+                    restored = self._restored_if_readable(stored)
+                    if restored is not None and _matches(restored, wanted, labels, key, upstream):
+                        found[restored.id] = restored.info()
                         matched += 1
             if len(page) < limit:
                 break
@@ -374,9 +397,9 @@ class Supervisor:
         wanted = None if states is None else {State(state) for state in states}
         everything = [*self._live.values(), *self._settling.values()]
         if live is not True:
-            everything += [stream for _, stream in self._finished.values()]
+            everything += [stream for _, stream, _ in self._finished.values()]
         if live is False:
-            everything = [stream for _, stream in self._finished.values()]
+            everything = [stream for _, stream, _ in self._finished.values()]
         chosen = [stream for stream in everything if _matches(stream, wanted, labels, key, upstream)]
         chosen.sort(key=lambda stream: stream.id, reverse=True)
         return chosen
@@ -421,10 +444,25 @@ class Supervisor:
             if done % SLICE == 0:
                 await trio.lowlevel.checkpoint()
         until = trio.current_time() + wait_s
-        return [
-            await stream.stopped(verdict, wait_s=max(0.0, until - trio.current_time()))
-            for stream, verdict in stops
-        ]
+        results = []
+        for stream, verdict in stops:
+            left = max(0.0, until - trio.current_time())
+            try:
+                results.append(await stream.stopped(verdict, wait_s=left))
+            except (
+                StoreError
+            ) as error:  # one that cannot be recorded does not take the answers for the others away
+                results.append(
+                    CancelResult(
+                        outcome="requested",
+                        id=stream.id,
+                        key=stream.key,
+                        state=stream.state,
+                        reason=None,
+                        error=str(error),
+                    )
+                )
+        return results
 
     def _bury(self, key: str, *, actor: str | None, reason: str) -> None:
         """Leave a tombstone for a key; the oldest makes room at the limit."""
@@ -438,9 +476,12 @@ class Supervisor:
             del self._tombstones[oldest]
         self._tombstones[key] = _Tombstone(now + self.limits.tombstone_s, actor, reason)
 
-    async def reap(self, *, dry_run: bool = False) -> ReapReport:
-        """Apply the memory policy now; with `dry_run` only say who would go and why."""
-        return await self.memory.sweep(dry_run=dry_run)
+    async def reap(self, *, dry_run: bool = False, wait_s: float = 5.0) -> ReapReport:
+        """Apply the memory policy now, and wait at most `wait_s` for the outcomes; with `dry_run` only say who would go.
+
+        Each entry says whether its outcome was durable by then (`settled`).
+        """
+        return await self.memory.sweep(dry_run=dry_run, wait_s=wait_s)
 
     async def drain(self, *, timeout_s: float | None = None) -> int:
         """Refuse new streams and wait until none is live, at most `timeout_s`. Returns how many still are.
@@ -458,13 +499,14 @@ class Supervisor:
         await self.drain(timeout_s=grace_s)
         while self._live:
             for stream in builtins.list(itertools.islice(self._live.values(), SLICE)):
-                stream.stop_for("shutdown", actor=actor)
+                if not stream.stop_for("shutdown", actor=actor):
+                    self.stream_sealed(stream)
             await trio.lowlevel.checkpoint()
         await self._wait_idle()
 
     async def _wait_idle(self) -> None:
         await trio.lowlevel.checkpoint()
-        while self._live or self._settling:
+        while self._live or len(self._settling) > len(self._unrecorded):
             await self._idle.wait()
 
     # --- telling -----------------------------------------------------------------------------------------------------
@@ -475,7 +517,10 @@ class Supervisor:
             state=self._phase,
             live=len(self._live),
             settling=len(self._settling),
+            unrecorded=len(self._unrecorded),
             finished_in_memory=len(self._finished),
+            finished_bytes=self._finished_bytes,
+            tasks=self._tasks,
             keys=len(self._keys),
             tombstones=len(self._tombstones),
             readers=self.readers,
@@ -521,14 +566,45 @@ class Supervisor:
             self.memory.gone(stream)
 
     def stream_settled(self, stream: Stream) -> None:
-        """Take note that a stream's outcome is announced, or could not be recorded."""
+        """Take note that a stream's outcome is announced."""
+        outcome = stream.outcome
+        assert outcome is not None, "only an announced stream is settled"
         self._settling.pop(stream.id, None)
-        if stream.outcome is not None:
-            reasons = self._ended.setdefault(stream.outcome.state.value, {})
-            reasons[stream.outcome.reason] = reasons.get(stream.outcome.reason, 0) + 1
-            self.store.forget(stream.id)
+        self._unrecorded.pop(stream.id, None)
+        reasons = self._ended.setdefault(outcome.state.value, {})
+        known = outcome.reason in reasons or len(reasons) < _MAX_REASONS
+        reason = (
+            outcome.reason if known else "other"
+        )  # a completed reason is the provider's, or the program's, to choose
+        reasons[reason] = reasons.get(reason, 0) + 1
+        self.memory.count(outcome.reason)
+        self.store.forget(stream.id)
         self._keep_finished(stream)
-        if not self._live and not self._settling:
+        self._note_idle()
+
+    def stream_unrecorded(self, stream: Stream, *, hopeless: bool) -> None:
+        """Take note that an outcome could not be made durable in time: announce it when it is, unless that is `hopeless`."""
+        if hopeless:
+            self._settling.pop(stream.id, None)
+            self.store.forget(stream.id)
+            self._keep_finished(stream)
+        else:
+            self._unrecorded[stream.id] = stream
+        self._note_idle()
+
+    def stream_unwound(self) -> None:
+        """Take note that a stream's task has come to its end."""
+        self._tasks -= 1
+
+    async def announce_late(self) -> None:
+        """Announce outcomes that became durable after all, until cancelled."""
+        while True:
+            await trio.sleep(_LATE_S)
+            for stream in builtins.list(self._unrecorded.values()):
+                stream.announce_late()
+
+    def _note_idle(self) -> None:
+        if not self._live and len(self._settling) == len(self._unrecorded):
             self._idle.set()
 
     def spawn(self, function: Callable[[], Awaitable[object]]) -> None:
@@ -536,25 +612,40 @@ class Supervisor:
         self._nursery.start_soon(function)
 
     def _keep_finished(self, stream: Stream) -> None:
-        now = trio.current_time()
-        self._finished[stream.id] = (now, stream)
+        now, limits = trio.current_time(), self.limits
+        self._finished[stream.id] = (now, stream, stream.bytes_held)
+        self._finished_bytes += stream.bytes_held
         while self._finished:
             oldest = next(iter(self._finished))
-            ended, old = self._finished[oldest]
-            expired = self.limits.finished_s is not None and now - ended > self.limits.finished_s
-            if not expired and len(self._finished) <= self.limits.max_finished:
+            ended, old, nbytes = self._finished[oldest]
+            expired = limits.finished_s is not None and now - ended > limits.finished_s
+            too_big = self._finished_bytes > limits.max_finished_bytes and len(self._finished) > 1
+            if not expired and not too_big and len(self._finished) <= limits.max_finished:
                 break
             del self._finished[oldest]
+            self._finished_bytes -= nbytes
             if old.key is not None and self._keys.get(old.key) is old:
                 del self._keys[old.key]
 
     def _restored(self, stored: StoredStream) -> Stream:
         assert stored.outcome is not None, "only an ended stream is restored"
-        spec = _HEAD.decode(stored.head)
+        try:
+            spec, outcome = _HEAD.decode(stored.head), Outcome.from_json(stored.outcome)
+        except msgspec.MsgspecError as error:
+            raise StoreCorruptError(
+                f"stream {stored.id}: its record cannot be read ({error}); it is left as it is, and not shown"
+            ) from error
         dialect = self._dialects.get(spec.dialect)
         stream = Stream(self, stored.id, spec, None, dialect=dialect, created_at=stored.created_at)
-        stream.restore(Outcome.from_json(stored.outcome))
+        stream.restore(outcome)
         return stream
+
+    def _restored_if_readable(self, stored: StoredStream) -> Stream | None:
+        try:
+            return self._restored(stored)
+        except StoreCorruptError as error:
+            _log.error("%s", error)  # the error says it all
+            return None
 
     # --- opening -----------------------------------------------------------------------------------------------------
 
@@ -571,11 +662,17 @@ class Supervisor:
         for stored in interrupted:
             await self.store.wait_durable(stored.id, stored.last_seq + 1)
             self.store.forget(stored.id)
-        for stored in reversed(await self.store.list(limit=self.limits.max_finished)):
-            stream = self._restored(stored)
+        newest = await self.store.list(limit=self.limits.max_finished)
+        for stored in reversed(newest):
+            stream = self._restored_if_readable(stored)
+            if stream is None:
+                continue
             self._keep_finished(stream)
             if stream.key is not None:
                 self._keys[stream.key] = stream
+        if self._new_id is None:
+            highest = max((stored.id for stored in [*interrupted[-1:], *newest[:1]]), default=None)
+            self._new_id = monotonic_ids(after=highest)  # also if the clock was set back since
         return len(interrupted)
 
     async def close(self) -> None:
@@ -606,36 +703,64 @@ async def open_supervisor(
     `Limits.settle_s`. Raises StoreError if the store cannot be opened.
     """
     chosen_store = MemoryStore() if store is None else store
+    housekeeping = trio.CancelScope(shield=True)
     try:
-        async with trio.open_nursery() as outer:
-            await outer.start(_run_store, chosen_store)
-            try:
-                async with trio.open_nursery() as root:
-                    supervisor = Supervisor(
-                        root,
-                        store=chosen_store,
-                        limits=Limits() if limits is None else limits,
-                        deadlines=Deadlines() if deadlines is None else deadlines,
-                        memory=MemoryPolicy() if memory is None else memory,
-                        dialects=dialects,
-                        new_id=monotonic_ids() if new_id is None else new_id,
-                    )
-                    await supervisor.recover()
-                    root.start_soon(supervisor.watchdog.run, name="watchdog")  # noqa: ASYNC113  # nothing to set up
-                    root.start_soon(supervisor.memory.run, name="memory manager")  # noqa: ASYNC113  # as above
-                    try:
-                        yield supervisor
-                    except BaseException:
-                        with trio.CancelScope(shield=True):
-                            await supervisor.shutdown(actor="parent")
-                        raise
-                    await supervisor.close()
-            finally:
-                with trio.CancelScope(shield=True):
-                    await chosen_store.aclose()
+        async with trio.open_nursery() as outer, _closing(chosen_store, housekeeping):
+            # A start that is cancelled half-way would leave the store running.
+            with trio.CancelScope(shield=True):
+                await outer.start(_run_store, chosen_store)
+            await trio.lowlevel.checkpoint()
+            async with trio.open_nursery() as root:
+                supervisor = Supervisor(
+                    root,
+                    store=chosen_store,
+                    limits=Limits() if limits is None else limits,
+                    deadlines=Deadlines() if deadlines is None else deadlines,
+                    memory=MemoryPolicy() if memory is None else memory,
+                    dialects=dialects,
+                    new_id=new_id,
+                )
+                await supervisor.recover()
+                # The watchdog outlives a cancel of the block: it bounds how long streams take to end because of it.
+                outer.start_soon(_keep, housekeeping, supervisor.watchdog.run, name="watchdog")
+                root.start_soon(supervisor.memory.run, name="memory manager")
+                root.start_soon(supervisor.announce_late, name="late outcomes")
+                try:
+                    yield supervisor
+                except BaseException:
+                    with trio.CancelScope(shield=True):
+                        await supervisor.shutdown(actor="parent")
+                    raise
+                await supervisor.close()
     except BaseExceptionGroup as group:
         _reraise(group)
         raise
+
+
+@contextlib.asynccontextmanager
+async def _closing(store: Store, housekeeping: trio.CancelScope) -> AsyncIterator[None]:
+    """End the housekeeping and close the store after a block, whatever ended it, without hiding why it ended."""
+    try:
+        yield
+    except BaseException as error:
+        housekeeping.cancel()
+        with trio.CancelScope(shield=True):
+            try:
+                await store.aclose()
+            except StoreError as lost:
+                _log.error("the store could not be closed well: %s", lost)  # the error says it all
+                for leaf in _leaves(error):
+                    if not isinstance(leaf, trio.Cancelled):
+                        leaf.add_note(f"and the store could not be closed well: {lost}")
+        raise
+    housekeeping.cancel()
+    with trio.CancelScope(shield=True):
+        await store.aclose()
+
+
+async def _keep(scope: trio.CancelScope, run: Callable[[], Awaitable[object]]) -> None:
+    with scope:
+        await run()
 
 
 async def _run_store(store: Store, *, task_status: trio.TaskStatus[None]) -> None:  # noqa: ASYNC128  # `run` reports as started
@@ -661,12 +786,12 @@ def _reraise(group: BaseExceptionGroup[BaseException]) -> None:
             del leaf, leaves, group
 
 
-def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterable[BaseException]:
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error
+def _leaves(error: BaseException) -> Iterable[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for part in error.exceptions:
+            yield from _leaves(part)
+    else:
+        yield error
 
 
 def _exactly_one(**selectors: object) -> None:
@@ -696,11 +821,10 @@ def _interrupted(stored: StoredStream) -> Outcome:
     It begins a new epoch: readers may have seen events that were not durable, and a cursor past the durable end must be
     told of the gap rather than be continued with something else.
     """
-    spec = _HEAD.decode(stored.head)
     last, epoch = stored.last_seq, stored.epoch
     return Outcome(
         id=stored.id,
-        key=spec.key,
+        key=stored.key,
         state=State.FAILED,
         reason="interrupted",
         message=f"the process ended while the stream was live; {last} events were durable and are kept",

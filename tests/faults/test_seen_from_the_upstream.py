@@ -209,7 +209,7 @@ async def test_nothing_leaks_over_ten_thousand_starts_and_cancels():
         assert len(sup.watchdog) == 0
 
     early, late = figures
-    assert late[:3] == early[:3]
+    assert all(after <= before for after, before in zip(late[:3], early[:3], strict=True)), (early, late)
     assert late[3] < early[3] * 1.02 + 1000, (
         f"memory blocks: {early[3]} after 2,000 cycles, {late[3]} after 10,000"
     )
