@@ -29,12 +29,16 @@ import msgspec
 
 from supervisor.dialects.base import Delta, Dialect, Fault, Reader, UnparseableError, Usage
 from supervisor.dialects.faults import error_fault, find_fault, http_fault, shown
-from supervisor.dialects.tool_calls import MAX_CALLS, CallPiece, CallSorter
+from supervisor.dialects.tool_calls import MAX_CALLS, CallBudget, CallPiece, CallSorter
 
 __all__ = ["OPENAI_CHAT"]
 
 MAX_CHOICES = 1024
 """Choice indexes from this on are refused (the event is unparseable)."""
+MAX_CALL_INDEX = (1 << 53) - 1
+"""The largest index of a tool call, of either sign; an event with a larger one is unparseable."""
+MAX_LABEL_CHARS = 256
+"""What is kept of a finish reason. A longer name of the model or id of the response is none."""
 
 _IGNORED_EVENTS: Final = frozenset({"ping", "keepalive", "keep-alive", "heartbeat"})
 _FAILED_FINISHES: Final = frozenset({"error", "insufficient_system_resource"})
@@ -107,8 +111,8 @@ class _Part(NamedTuple):
 class _Choice:
     __slots__ = ("calls", "finish_reason", "streamed")
 
-    def __init__(self) -> None:
-        self.calls = CallSorter()
+    def __init__(self, budget: CallBudget) -> None:
+        self.calls = CallSorter(budget)
         self.finish_reason: str | None = None
         self.streamed = False
         """It came in deltas: a whole message after them is a repetition."""
@@ -118,10 +122,11 @@ class _Choice:
 
 
 class _ChatReader:
-    __slots__ = ("_choices", "_first", "_model", "_open", "_response_id", "_terminal")
+    __slots__ = ("_budget", "_choices", "_first", "_model", "_open", "_response_id", "_terminal")
 
     def __init__(self) -> None:
         self._choices: dict[int, _Choice] = {}
+        self._budget = CallBudget()
         self._open = 0
         self._first: _Choice | None = None
         """Choice 0, once the model is known or will not be: from then on the shortest way is open."""
@@ -188,10 +193,12 @@ class _ChatReader:
         """Return the finish reason of the first choice that has one, or `done`, if the answer has ended."""
         if not self._terminal and (self._open or not self._choices):
             return None
-        for _, choice in sorted(self._choices.items()):
-            if choice.finish_reason is not None:
-                return choice.finish_reason
-        return "done"
+        # Asked at each event after the first finish reason, so it must not look at all choices to find choice 0.
+        first = self._choices.get(0)
+        if first is not None and first.finish_reason is not None:
+            return first.finish_reason
+        finished = [index for index, choice in self._choices.items() if choice.finish_reason is not None]
+        return self._choices[min(finished)].finish_reason if finished else "done"
 
     def _read_named(self, data: bytes, event: str) -> tuple[Delta, ...] | None:
         if event in _IGNORED_EVENTS:
@@ -251,16 +258,16 @@ class _ChatReader:
         """Change the state by what was read, and tell it."""
         self._check(parts)
         new_model = new_id = None
-        if model and self._model is None:
+        if model and self._model is None and len(model) <= MAX_LABEL_CHARS:
             new_model = self._model = model
-        if response_id and self._response_id is None:
+        if response_id and self._response_id is None and len(response_id) <= MAX_LABEL_CHARS:
             new_id = self._response_id = response_id
         deltas: list[Delta] = []
         for part in parts:
             choice = self._choices.get(part.choice)
             is_new = choice is None
             if choice is None:
-                choice = self._choices[part.choice] = _Choice()
+                choice = self._choices[part.choice] = _Choice(self._budget)
                 self._open += 1
             if not part.whole:
                 choice.streamed = True
@@ -272,6 +279,7 @@ class _ChatReader:
                 self._first = choice
             finish_reason = part.finish_reason
             if finish_reason is not None:
+                finish_reason = finish_reason[:MAX_LABEL_CHARS]
                 if choice.finish_reason is None:
                     self._open -= 1
                 choice.finish_reason = finish_reason
@@ -289,12 +297,17 @@ class _ChatReader:
 
     def _check(self, parts: list[_Part]) -> None:
         pieces = sum(len(part.pieces) for part in parts)
+        if pieces > self._budget.calls:
+            raise UnparseableError("too many tool calls in all choices together")
         for part in parts:
             if not 0 <= part.choice < MAX_CHOICES:
                 raise UnparseableError(f"a choice index is out of range (0 to {MAX_CHOICES - 1})")
             known = self._choices.get(part.choice)
             if part.pieces and pieces + (len(known.calls) if known else 0) > MAX_CALLS:
                 raise UnparseableError(f"more than {MAX_CALLS} tool calls in one choice")
+            for piece in part.pieces:
+                if isinstance(piece.at, int) and abs(piece.at) > MAX_CALL_INDEX:
+                    raise UnparseableError("a tool call's index is out of range")
 
 
 # --- the tolerant way ------------------------------------------------------------------------------------------------

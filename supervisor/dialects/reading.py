@@ -34,6 +34,9 @@ from supervisor.wire.sse import SSEDecoder
 
 __all__ = ["BodyReader", "Sink"]
 
+MAX_REASON_CHARS: Final = 64
+"""How much of a provider's finish reason becomes the reason of an ending."""
+
 _HEAD_BYTES: Final = 2048
 _FIELDS: Final = (b":", b"data", b"event", b"id", b"retry")
 
@@ -208,7 +211,7 @@ class BodyReader:
             return
         if fault := _stray_fault(self._decoder.stray, whole=True):
             self._fail("provider_error", fault)
-        elif (reason := self._reader.ending()) is not None:
+        elif (reason := self._ending()) is not None:
             self._sink.complete(reason)
         elif clean and bare and not bare.startswith(_FIELDS) and self._never_a_stream():
             what = f"{self._content_type}; it begins: " if self._content_type else "it begins: "
@@ -254,7 +257,7 @@ class BodyReader:
             if delta.fault is not None:
                 self._fail("provider_error", delta.fault)
                 return
-        reason = self._reader.ending()
+        reason = self._ending()
         if any(delta.terminal for delta in deltas):
             self.terminal = True
             if self._stray_fault is None and not self._sink.sealed:
@@ -262,6 +265,10 @@ class BodyReader:
         elif reason is not None and not self._marked and not self._sink.sealed:
             self._marked = True
             self._sink.mark(reason)
+
+    def _ending(self) -> str | None:
+        reason = self._reader.ending()
+        return None if reason is None else reason[:MAX_REASON_CHARS]
 
     def _skip(self, data: bytes, why: str) -> None:
         self.skipped += 1
