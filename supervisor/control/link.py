@@ -5,7 +5,8 @@ all its bytes pass both ways, and beside it `Link`, which does all the sending o
 
 - A send that is cancelled half-way leaves half a frame on the wire, and everything after it is garbage. So one writer task
   sends, no caller does; a send that makes no progress within `stall_s` ends the connection; and a connection whose send
-  was interrupted for whatever reason is never written to again.
+  was interrupted for whatever reason is never written to again. When we are the ones who leave, the writer finishes what
+  it has begun and `close` sends what it has not, both within one `close_s`.
 - Closing is ours too. trio-websocket raises out of its reader task if a Ping arrives after its own Close (its issue 184),
   always records a local close as 1000, and waits without limit for the peer. We write the Close frame ourselves, so that
   its state stays "open"; from then on the guard lets in nothing but the peer's Close, and drops what is still sent.
@@ -17,7 +18,9 @@ Cancelling `Link.send` or `Link.receive` loses nothing and breaks nothing.
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Callable
 from typing import NoReturn
 
 import attrs
@@ -63,7 +66,7 @@ class LinkLimits:
     ping_every_s: float = 20.0
     ping_answer_s: float = 20.0
     close_s: float = 2.0
-    """How long a closing handshake, with what is still to be sent before it, may take."""
+    """How long what is still to be sent when the connection is closed may take, and the closing handshake as long again."""
 
 
 class GuardedStream(trio.abc.Stream):
@@ -193,6 +196,7 @@ class GuardedStream(trio.abc.Stream):
         async with self._lock:
             if self._broken:
                 raise trio.BrokenResourceError("an earlier send was interrupted")
+            await trio.lowlevel.checkpoint_if_cancelled()  # while nothing is broken by it
             self._broken = True  # until all of it is out: also if we are cancelled in between
             view = memoryview(data)
             step = self._limits.send_chunk_bytes
@@ -303,10 +307,14 @@ class Outbox:
 
     async def put(self, frame: bytes) -> None:
         """Queue a frame when there is room. A checkpoint; a cancel queues nothing."""
+        await self.put_made(lambda: frame)
+
+    async def put_made(self, make: Callable[[], bytes]) -> None:
+        """Queue a frame that is made when there is room for it, so that no number of large ones waits. As `put`."""
         await trio.lowlevel.checkpoint()
         while not self.has_room:
             await self.wait_room()
-        self.append(frame)
+        self.append(make())
 
     async def wait_room(self) -> None:
         """Wait until there may be room."""
@@ -348,6 +356,10 @@ class Link:
         self._limits = limits
         self._client = client
         self.outbox = Outbox(limits.outbox_bytes)
+        self._writing = trio.CancelScope(shield=True)
+        self._taken = b""  # what the writer has taken from the outbox and not sent
+        self._sending = False
+        self._left_s = limits.close_s  # for what is still to be sent when we leave
 
     def frame(self, message: bytes) -> bytes:
         """Return the frame of one text message. A server's frame can be sent to any number of links."""
@@ -356,6 +368,10 @@ class Link:
     async def send(self, message: bytes) -> None:
         """Queue a message, waiting for room. It is sent unless the connection ends first."""
         await self.outbox.put(self.frame(message))
+
+    async def send_made(self, make: Callable[[], bytes]) -> None:
+        """Queue a message that is made only once there is room for it. As `send`."""
+        await self.outbox.put_made(lambda: self.frame(make()))
 
     def send_nowait(self, message: bytes) -> None:
         """Queue a message that cannot wait. Raises WouldBlock when too much of that kind is waiting."""
@@ -383,22 +399,40 @@ class Link:
         return ControlClosedError(int(closed.code), closed.reason or "")
 
     async def run(self) -> NoReturn:
-        """Write what is queued and keep the heartbeat, until cancelled. Raises ControlClosedError when it is over."""
+        """Write what is queued and keep the heartbeat, until cancelled. Raises ControlClosedError when it is over.
+
+        When cancelled, a send under way has `close_s` to finish; what else is queued is kept for `close`.
+        """
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._heartbeat, nursery.cancel_scope)
             nursery.start_soon(self._write, nursery.cancel_scope)
-            await self._guard.over.wait()
-            nursery.cancel_scope.cancel()
+            try:
+                await self._guard.over.wait()
+                nursery.cancel_scope.cancel()
+            finally:
+                if self._sending:
+                    self._writing.deadline = trio.current_time() + self._limits.close_s
+                else:
+                    self._writing.cancel()
         raise self._silent if self._silent is not None else self.ending()
 
     _silent: ControlClosedError | None = None
 
     async def _write(self, scope: trio.CancelScope) -> None:
-        try:
-            while True:
-                await self._guard.send_frames(await self.outbox.take())
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            scope.cancel()
+        with (
+            self._writing
+        ):  # shielded: `run` says when this ends, so that it does not cut a frame that can be finished
+            try:
+                while self._writing.deadline == math.inf:
+                    self._taken = await self.outbox.take()
+                    self._sending = True
+                    await self._guard.send_frames(self._taken)
+                    self._sending = False
+                    self._taken = b""
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                scope.cancel()
+        if self._writing.deadline != math.inf:
+            self._left_s = max(0.0, self._writing.deadline - trio.current_time())
 
     async def _heartbeat(self, scope: trio.CancelScope) -> None:
         guard, limits = self._guard, self._limits
@@ -416,10 +450,13 @@ class Link:
                 scope.cancel()
 
     async def close(self, code: int, reason: str) -> None:
-        """Send what is queued, close, and give the transport up. Bounded, and not interrupted by a cancel."""
-        with trio.move_on_after(self._limits.close_s, shield=True):
+        """Send what is queued or was taken and not sent, close, and give the transport up.
+
+        Bounded by `close_s` for each of the two, and not interrupted by a cancel.
+        """
+        with trio.move_on_after(self._left_s, shield=True):
             try:
-                if rest := self.outbox.take_nowait():
+                if rest := self._taken + self.outbox.take_nowait():
                     await self._guard.send_frames(rest)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 pass

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import trio
 import trio.testing
+import trio_websocket
 
 from supervisor.control.frames import OP_PING, OP_TEXT, build_close, build_frame
-from supervisor.control.link import GuardedStream, LinkLimits, Outbox
+from supervisor.control.link import GuardedStream, Link, LinkLimits, Outbox
 
 from .harness import handshake
 
@@ -86,6 +89,100 @@ async def test_a_send_without_progress_ends_the_connection(autojump_clock: trio.
     assert guard.over.is_set()
 
 
+def linked(guard: GuardedStream, limits: LinkLimits) -> Link:
+    """Return a link that only sends."""
+    return Link(cast("trio_websocket.WebSocketConnection", None), guard, limits, client=False)
+
+
+async def test_what_the_writer_has_taken_is_not_lost_by_a_cancel() -> None:
+    """A frame taken from the outbox in the instant of the cancel is sent all the same, ahead of the Close frame."""
+    limits = LinkLimits(close_s=5)
+    close = build_close(4000, "")
+    for _ in range(20):  # whether the writer or `run` hears of it first is left to chance
+        guard, theirs = await opened(limits)
+        link = linked(guard, limits)
+        received = bytearray()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer_close, theirs, received, close)
+            async with trio.open_nursery() as inner:
+                inner.start_soon(link.run)
+                await trio.testing.wait_all_tasks_blocked()
+                await link.send(b"last words")
+                inner.cancel_scope.cancel()
+            await link.close(4000, "")
+        assert bytes(received) == build_frame(OP_TEXT, b"last words") + close
+
+
+async def answer_close(theirs: trio.abc.Stream, received: bytearray, close: bytes) -> None:
+    """Read everything, and answer the Close frame."""
+    while data := await theirs.receive_some():
+        received.extend(data)
+        if received.endswith(close):
+            await theirs.send_all(build_close(1000, "", mask=True))
+
+
+async def test_a_cancel_just_before_a_send_harms_nothing() -> None:
+    """A cancel that comes once the turn is taken, and before a byte is sent, leaves a connection that can still be used."""
+    for _ in range(20):  # whether it comes before or after the turn is left to chance
+        guard, theirs = await opened()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(guard.send_all, build_frame(0xA, b"never"))
+            await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(guard.send_frames, FRAME)
+            received = b""
+            while len(received) < len(FRAME):
+                received += await theirs.receive_some()
+        assert received == FRAME
+
+
+async def test_a_frame_under_way_is_finished_when_we_leave(autojump_clock: trio.testing.MockClock) -> None:
+    """Cancelled in the middle of a frame, the link finishes it, sends what is queued and closes, all in `close_s`."""
+    limits = LinkLimits(close_s=2)
+    guard, theirs = await opened(limits)
+    link = linked(guard, limits)
+    received = bytearray()
+    async with trio.open_nursery() as nursery:
+
+        async def ours() -> None:
+            with scope:
+                await link.run()
+            await link.close(4000, "")
+
+        scope = trio.CancelScope()
+        nursery.start_soon(ours)
+        await link.send(b"x" * 1000)
+        received += await theirs.receive_some(10)
+        await link.send(b"queued")
+        scope.cancel()
+        await trio.sleep(1.5)
+        while data := await theirs.receive_some():
+            received += data
+    assert bytes(received) == FRAME + build_frame(OP_TEXT, b"queued") + build_close(4000, "")
+
+
+async def test_leaving_a_peer_that_takes_nothing_is_bounded(autojump_clock: trio.testing.MockClock) -> None:
+    """What is under way and what is queued have `close_s` together; a peer that takes nothing costs no more."""
+    limits = LinkLimits(close_s=2, stall_s=60)
+    for taken in (10, 1004):
+        guard, theirs = await opened(limits)
+        link = linked(guard, limits)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.run)
+            await link.send(b"x" * 1000)
+            assert len(await theirs.receive_some(10)) == 10
+            await link.send(b"queued")
+            before = trio.current_time()
+            nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                await trio.sleep(1)
+                if taken > 10:  # it takes the rest of the frame late, and then no more
+                    await theirs.receive_some(taken)
+        await link.close(4000, "")
+        assert trio.current_time() - before == pytest.approx(2)
+
+
 async def test_nothing_follows_a_close() -> None:
     """After our Close a Pong is dropped, a second Close too, and data is refused."""
     guard, theirs = await opened()
@@ -150,6 +247,26 @@ async def test_the_outbox_is_bounded_and_fair() -> None:
         assert await outbox.take() == b"12345678long enough to go over"
     assert await outbox.take() == b"later"
     assert outbox.nbytes == 0
+
+
+async def test_a_frame_is_made_when_there_is_room_for_it() -> None:
+    """Of any number of frames that wait for room none exists yet, and each that is made fills the outbox for the others."""
+    outbox = Outbox(10)
+    await outbox.put(b"full enough")
+    made = 0
+
+    def make() -> bytes:
+        nonlocal made
+        made += 1
+        return b"x" * 100
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(outbox.put_made, make)
+        for wanted in range(6):
+            await trio.testing.wait_all_tasks_blocked()
+            assert made == wanted
+            outbox.take_nowait()
 
 
 async def test_answers_that_cannot_wait_have_a_bound_of_their_own() -> None:
