@@ -133,7 +133,12 @@ ERRORS: Sequence[ErrorRow] = (
     ErrorRow("store", -32006, True, "The store failed; the message says what was kept.", StoreError),
     ErrorRow("sealed", -32007, False, "The stream has ended.", StreamSealedError, (("id", "stream_id"),)),
     ErrorRow("upstream", -32008, True, "The provider, or the way to it, failed.", UpstreamError),
-    ErrorRow("too_many_requests", -32009, True, "Too many requests of this connection are unanswered."),
+    ErrorRow(
+        "too_many_requests",
+        -32009,
+        True,
+        "Too many requests of this connection are unanswered, or a batch asks for more than one message should carry.",
+    ),
     ErrorRow("too_many_subscriptions", -32010, False, "This connection has as many subscriptions as it may."),
     ErrorRow("unknown_subscription", -32011, False, "This connection has no such subscription."),
     ErrorRow("request_cancelled", -32012, False, "The request was withdrawn with `request.cancel`."),
@@ -152,6 +157,16 @@ _BY_TYPE: Sequence[tuple[type[Exception], ErrorRow]] = tuple(
 )
 
 
+MAX_ERROR_CHARS = 4096
+"""The longest error message; one that quotes what was sent is cut."""
+MAX_FIELD_CHARS = 256
+"""The longest field name that an error repeats."""
+
+
+def _clipped(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
 class ErrorMessage(msgspec.Struct, frozen=True):
     """The error object of a JSON-RPC reply."""
 
@@ -165,6 +180,7 @@ class RpcError(Exception):
     """A request that is answered with an error."""
 
     def __init__(self, kind: ErrorKind, message: str, **fields: Any) -> None:
+        message = _clipped(message, MAX_ERROR_CHARS)
         super().__init__(message)
         row = _BY_KIND[kind]
         self.error = ErrorMessage(
@@ -255,7 +271,9 @@ def _call(data: bytes) -> Call:
     if envelope.id is msgspec.UNSET:
         call_id = None
     else:
-        call_id = envelope.id
+        call_id = (
+            envelope.id.copy()
+        )  # else it would keep the whole message for as long as it waits for its answer
         raw = bytes(call_id)
         if raw[:1] not in b'"-0123456789n' or len(raw) > MAX_ID_BYTES:
             return _bad(f"an id is a string, a number or null, of at most {MAX_ID_BYTES} bytes", _NULL)
@@ -312,7 +330,7 @@ def _invalid_params(message: str, kind: type[Any]) -> RpcError:
     elif missing := _MISSING_FIELD.search(said):
         inner = missing.group(1)
         said = "this field is required"
-    field = ".".join(part for part in (path, inner) if part)
+    field = _clipped(".".join(part for part in (path, inner) if part), MAX_FIELD_CHARS)
     return RpcError("invalid_params", f"{field}: {said}" if field else said, field=field or None)
 
 

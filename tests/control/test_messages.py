@@ -23,6 +23,7 @@ from supervisor.errors import (
     AdmissionError,
     ConfigurationError,
     GapError,
+    StoreError,
     SupervisorError,
     UnknownStreamError,
 )
@@ -145,6 +146,16 @@ def test_params_errors_name_the_field_and_what_is_right() -> None:
     assert enum.data["field"] == "on_conflict"
     array = refused('["a"]', StreamParams).error
     assert array.message == "parameters are given by name: id, key"
+
+
+def test_errors_do_not_repeat_all_that_was_sent() -> None:
+    """A field's name or a value of a megabyte is cut in the error that quotes it."""
+    long = "x" * 1_000_000
+    unknown = refused(json.dumps({long: 1}), StreamParams).error
+    for error in (unknown, error_for(StoreError(long)), error_for(ConfigurationError("x", long, "y"))):
+        assert len(error.message) <= rpc.MAX_ERROR_CHARS
+        assert len(json.dumps(error.data)) < 1000
+    assert unknown.data["field"].startswith("xxx")
 
 
 @pytest.mark.parametrize(
