@@ -13,7 +13,12 @@ few at a time, each holding one batch.
 
 Requests: a handler that need not wait is answered on the spot, in order; one that must wait gets a task, so that a
 `stream.wait` delays nobody. Both are bounded (`max_requests`), and reading from the socket never waits for either: a Ping
-and a Close are always seen. A client that goes on asking without reading the answers is dropped.
+and a Close are always seen. A client that goes on asking without reading the answers is dropped, whether it asks one by one
+or in batches.
+
+Replies: none is encoded before the outbox has room for it. Those that may be large, such as a snapshot, are not even begun
+before, and no more than `max_large_replies` at a time, so that what a client can make the server hold for it by asking is
+a few of them: one with the writer, one in the outbox, and those being made.
 
 Leaving detaches: the subscriptions are closed, the streams go on.
 """
@@ -23,10 +28,10 @@ from __future__ import annotations
 import base64
 import inspect
 import logging
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, cast
 
 import attrs
 import msgspec
@@ -50,6 +55,7 @@ from supervisor.control.messages import (
     HelloResult,
     ListParams,
     ListResult,
+    Method,
     NoParams,
     ReapParams,
     ReapResult,
@@ -68,7 +74,16 @@ from supervisor.control.messages import (
     WaitParams,
     WaitResult,
 )
-from supervisor.control.rpc import Call, RpcError, error_for, error_reply, parse, read_params, result_reply
+from supervisor.control.rpc import (
+    Call,
+    ErrorMessage,
+    RpcError,
+    error_for,
+    error_reply,
+    parse,
+    read_params,
+    result_reply,
+)
 from supervisor.dialects import Snapshot
 from supervisor.errors import ControlClosedError, GapError, SupervisorError
 from supervisor.stores import Event
@@ -109,6 +124,10 @@ class SessionLimits:
     """Payload in one `stream.events`; a single larger event goes alone."""
     max_fetches: int = 4
     """Batches of one connection read from the store at the same time."""
+    max_large_replies: int = 2
+    """Replies of one connection that may be large (snapshots, lists, what a reap would do) being made at the same time; none is begun before the outbox has room."""
+    batch_reply_bytes: int = 1 << 20
+    """Replies to one batch; past it, calls in it whose reply may be large are refused, to be made one by one."""
 
 
 # --- events on the wire -----------------------------------------------------------------------------------------------
@@ -216,6 +235,37 @@ class _Watch:
     """Of what waits on the subscription's behalf."""
 
 
+@attrs.frozen
+class _Work:
+    """A call that waits. Of the message it came in nothing is kept but the id."""
+
+    method: str
+    id: msgspec.Raw | None
+    begin: Callable[[], Awaitable[Any]]
+    large: bool
+
+
+class _Turn:
+    """The right to make large replies, once taken, up to the end of the block."""
+
+    def __init__(self, turns: trio.Semaphore) -> None:
+        self._turns = turns
+        self._taken = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    async def take(self) -> None:
+        """Wait for it. Does nothing if it has been taken."""
+        if not self._taken:
+            await self._turns.acquire()
+            self._taken = True
+
+    def __exit__(self, *_: object) -> None:
+        if self._taken:
+            self._turns.release()
+
+
 class Session:
     """Serves one client until it leaves. Everything it holds ends with `run`."""
 
@@ -227,9 +277,12 @@ class Session:
         self._client = ""
         self._watches: dict[str, _Watch] = {}
         self._next_sub = 0
-        self._dirty: deque[_Watch] = deque()
+        self._dirty: OrderedDict[_Watch, None] = (
+            OrderedDict()
+        )  # a queue from which a dropped one is taken out
         self._something_dirty = trio.Event()
         self._fetches = trio.Semaphore(self._limits.max_fetches)
+        self._turns = trio.Semaphore(self._limits.max_large_replies)
         self._pending = 0
         self._cancellable: dict[bytes, trio.CancelScope] = {}
         self._nursery: trio.Nursery
@@ -276,29 +329,24 @@ class Session:
                 f"{self._pending} requests are unanswered",
                 limit=self._limits.max_requests,
             )
-            replies = [error_reply(call.id, refusal.error) for call in calls if call.id is not None]
-            if replies:
-                self._reply_now(b"[%b]" % b",".join(replies) if batch else replies[0])
+            refusals = [error_reply(call.id, refusal.error) for call in calls if call.id is not None]
+            if refusals:
+                self._reply_now(_array(refusals) if batch else refusals[0])
             return
-        if batch:
-            self._pending += slots
-            self._nursery.start_soon(self._answer_batch, calls)
+        replies: list[bytes] = []
+        afters: list[_AfterReply] = []
+        works = [work for call in calls if (work := self._begin(call, replies, afters)) is not None]
+        if works:
+            self._pending += len(works)
+            if batch:
+                self._nursery.start_soon(self._answer_batch, works, replies, afters)
+            else:
+                self._nursery.start_soon(self._answer, works[0])
             return
-        call = calls[0]
-        try:
-            outcome = self._begin(call)
-        except Exception as error:  # noqa: BLE001  # becomes the error of this request; see error_for
-            if call.id is not None:
-                self._reply_now(error_reply(call.id, self._error(call, error)))
-            return
-        if isinstance(outcome, Awaitable):
-            self._pending += 1
-            self._nursery.start_soon(self._answer, call, outcome)
-        elif call.id is not None:
-            result, after = outcome
-            self._reply_now(result_reply(call.id, result))
-            if after is not None:
-                after()
+        if replies:
+            self._reply_now(_array(replies) if batch else replies[0])
+        for after in afters:
+            after()
 
     def _reply_now(self, reply: bytes) -> None:
         try:
@@ -308,84 +356,113 @@ class Session:
                 CloseCode.FLOODED, "requests without end, and no answer is read"
             ) from None
 
-    def _begin(
-        self, call: Call
-    ) -> tuple[object, _AfterReply | None] | Awaitable[tuple[object, _AfterReply | None]]:
-        """Start on a call: its result, or what to wait for. Raises what the call is to be refused with."""
-        if call.error is not None:
-            raise RpcError(call.error.data["kind"], call.error.message)
-        method = METHODS.get(call.method)
-        if method is None or (method.result is None and call.id is not None):
-            known = ", ".join(METHODS)
-            raise RpcError("method_not_found", f"there is no method {call.method[:64]!r}; known are: {known}")
-        params = read_params(call.params, method.params)
-        handler = self.HANDLERS[call.method]
-        answer = handler(self, params)
-        if isinstance(answer, Awaitable):
-            return self._cancellably(call, answer)
-        return answer if isinstance(answer, tuple) else (answer, None)
+    def _begin(self, call: Call, replies: list[bytes], afters: list[_AfterReply]) -> _Work | None:
+        """Answer a call that need not wait; return what is to be done for one that must."""
+        try:
+            method = _method(call)
+            params = read_params(call.params, method.params)
+            handler = self.HANDLERS[call.method]
+            if call.method in _WAITING:
+                large = call.method in _LARGE and _LARGE[call.method](params)
+                return _Work(call.method, call.id, partial(handler, self, params), large)
+            result, after = _split(handler(self, params))
+            if call.id is not None:
+                replies.append(result_reply(call.id, result))
+            if after is not None:
+                afters.append(after)
+        except Exception as error:  # noqa: BLE001  # becomes the error of this request; see error_for
+            if call.id is not None:
+                replies.append(error_reply(call.id, self._error(call.method, error)))
+        return None
 
-    async def _cancellably(self, call: Call, answer: Awaitable[Any]) -> tuple[object, _AfterReply | None]:
-        key = b"" if call.id is None else bytes(call.id)
+    async def _result(self, work: _Work, turn: _Turn) -> tuple[object, _AfterReply | None]:
+        """Wait for a call's result, unless it is withdrawn; for a large one its turn comes first, and room to send it."""
+        key = b"" if work.id is None else bytes(work.id)
         with trio.CancelScope() as scope:
             if key:
                 self._cancellable[key] = scope
             try:
-                result = await answer
+                if work.large:
+                    await turn.take()
+                    await self._link.outbox.wait_room()
+                return _split(await work.begin())
             finally:
                 if self._cancellable.get(key) is scope:
                     del self._cancellable[key]
-            return result if isinstance(result, tuple) else (result, None)
         raise RpcError("request_cancelled", "withdrawn; what it had begun is not undone")
 
-    async def _answer(self, call: Call, outcome: Awaitable[tuple[object, _AfterReply | None]]) -> None:
+    async def _answer(self, work: _Work) -> None:
         """Wait for one call's result and reply."""
         after: _AfterReply | None = None
         try:
-            try:
-                result, after = await outcome
-                reply = b"" if call.id is None else result_reply(call.id, result)
-            except Exception as error:  # noqa: BLE001  # becomes the error of this request; see error_for
-                reply = b"" if call.id is None else error_reply(call.id, self._error(call, error))
-            if reply:
-                await self._link.send(reply)
+            with _Turn(self._turns) as turn:
+                make: Callable[[], bytes] | None = None
+                try:
+                    result, after = await self._result(work, turn)
+                    if work.id is not None:
+                        make = partial(self._made, work, result)
+                except Exception as error:  # noqa: BLE001  # becomes the error of this request; see error_for
+                    if work.id is not None:
+                        make = partial(error_reply, work.id, self._error(work.method, error))
+                if make is not None:
+                    await self._link.send_made(make)
         finally:
             self._pending -= 1
         if after is not None:
             after()
 
-    async def _answer_batch(self, calls: Sequence[Call]) -> None:
-        """Answer the calls of a batch side by side, with one array once all are answered."""
-        replies: list[bytes] = []
-        afters: list[_AfterReply] = []
-        slots = sum(call.method in _WAITING for call in calls)
+    def _made(self, work: _Work, result: object) -> bytes:
+        try:
+            return result_reply(cast("msgspec.Raw", work.id), result)
+        except Exception as error:  # noqa: BLE001  # a result that cannot be encoded costs one request
+            return error_reply(work.id, self._error(work.method, error))
 
-        async def one(call: Call) -> None:
+    async def _answer_batch(
+        self, works: Sequence[_Work], replies: list[bytes], afters: list[_AfterReply]
+    ) -> None:
+        """Answer the calls of a batch side by side, the large ones last and in turn, with one array once all are answered."""
+
+        async def one(work: _Work) -> None:
             try:
-                outcome = self._begin(call)
-                result, after = await outcome if isinstance(outcome, Awaitable) else outcome
-                if call.id is not None:
-                    replies.append(result_reply(call.id, result))
+                if work.large:
+                    self._check_batch(replies)
+                result, after = await self._result(work, turn)
+                if work.id is not None:
+                    replies.append(result_reply(work.id, result))
                 if after is not None:
                     afters.append(after)
             except Exception as error:  # noqa: BLE001  # becomes the error of this call; see error_for
-                if call.id is not None:
-                    replies.append(error_reply(call.id, self._error(call, error)))
+                if work.id is not None:
+                    replies.append(error_reply(work.id, self._error(work.method, error)))
 
         try:
-            async with trio.open_nursery() as nursery:
-                for call in calls:
-                    nursery.start_soon(one, call)
-            if replies:
-                await self._link.send(b"[%b]" % b",".join(replies))
+            with _Turn(self._turns) as turn:
+                async with trio.open_nursery() as nursery:
+                    for work in works:
+                        if not work.large:
+                            nursery.start_soon(one, work)
+                for work in works:
+                    if work.large:
+                        await one(work)
+                if replies:
+                    await self._link.send_made(partial(_array, replies))
         finally:
-            self._pending -= slots
+            self._pending -= len(works)
         for after in afters:
             after()
 
-    def _error(self, call: Call, error: Exception) -> Any:
+    def _check_batch(self, replies: Sequence[bytes]) -> None:
+        limit = self._limits.batch_reply_bytes
+        if sum(map(len, replies)) >= limit:
+            raise RpcError(
+                "too_many_requests",
+                "the replies to this batch are too large for one message; make this call by itself",
+                limit=limit,
+            )
+
+    def _error(self, method: str, error: Exception) -> ErrorMessage:
         if not isinstance(error, RpcError | SupervisorError):
-            _log.error("%s failed", call.method, exc_info=error)
+            _log.error("%s failed", method, exc_info=error)
             self._host.counts.handler_errors += 1
         return error_for(error)
 
@@ -485,6 +562,7 @@ class Session:
         events = stream.subscribe(place)
         if events.first_snapshot is not None:
             snapshot = _snapshot_message(stream, events.first_snapshot)
+            events.first_snapshot = None  # the reply has it; the subscription would keep it to its end
         events.__enter__()  # left in `_drop`, which `run` guarantees
         self._next_sub += 1
         watch = _Watch(
@@ -583,7 +661,7 @@ class Session:
         if watch.dirty or not watch.active or watch.closed or watch.fetching or not watch.credit:
             return
         watch.dirty = True
-        self._dirty.append(watch)
+        self._dirty[watch] = None
         self._something_dirty.set()
 
     async def _pump(self) -> None:
@@ -593,10 +671,9 @@ class Session:
                 if not outbox.has_room:
                     await outbox.wait_room()
                     continue
-                watch = self._dirty.popleft()
+                watch, _ = self._dirty.popitem(last=False)
                 watch.dirty = False
-                if not watch.closed:
-                    self._take(watch)
+                self._take(watch)
             self._something_dirty = trio.Event()
             await self._something_dirty.wait()
 
@@ -632,7 +709,7 @@ class Session:
         async with self._fetches:
             batch = await watch.events.next_batch(min(watch.credit, self._limits.notification_events))
             for part in _slices(batch, self._limits.notification_events, self._limits.notification_bytes):
-                await self._link.outbox.put(self._notification(watch, part))
+                await self._link.outbox.put_made(partial(self._notification, watch, part))
         watch.fetching = False
         self._taken(watch, batch)
 
@@ -674,6 +751,7 @@ class Session:
             watch.events.wake = None
             watch.events.close()
             self._watches.pop(watch.sub, None)
+            self._dirty.pop(watch, None)
             for scope in tuple(watch.scopes):
                 scope.cancel()
 
@@ -701,6 +779,38 @@ _WAITING = frozenset(
     name for name, handler in Session.HANDLERS.items() if inspect.iscoroutinefunction(handler)
 )
 """The methods that may wait, and so take one of the connection's `max_requests`."""
+
+
+def _always(_: object) -> bool:
+    return True
+
+
+_LARGE: Mapping[str, Callable[[Any], bool]] = {
+    "stream.snapshot": _always,
+    "stream.list": _always,
+    "stream.subscribe": lambda params: params.after == "snapshot",
+    "supervisor.reap": lambda params: params.dry_run,
+}
+"""The methods that do nothing but tell, and may tell much. (What ends streams must not wait until its answer can be sent.)"""
+
+
+def _method(call: Call) -> Method:
+    """Return what a call asks for. Raises RpcError if it cannot be asked for."""
+    if call.error is not None:
+        raise RpcError(call.error.data["kind"], call.error.message)
+    method = METHODS.get(call.method)
+    if method is None or (method.result is None and call.id is not None):
+        known = ", ".join(METHODS)
+        raise RpcError("method_not_found", f"there is no method {call.method[:64]!r}; known are: {known}")
+    return method
+
+
+def _split(answer: Any) -> tuple[object, _AfterReply | None]:
+    return answer if isinstance(answer, tuple) else (answer, None)
+
+
+def _array(replies: Sequence[bytes]) -> bytes:
+    return b"[%b]" % b",".join(replies)
 
 
 # --- from the domain to the wire --------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ import trio
 
 from supervisor.control import ControlLimits, ControlServer, Resolved, ShutdownParams, StartParams
 from supervisor.control.frames import OP_CLOSE, OP_PING, OP_TEXT, build_frame
+from supervisor.control.session import Session
 from supervisor.errors import ConfigurationError
 from supervisor.stores import Store
-from supervisor.streams import Deadlines, Limits, Output, Supervisor, open_supervisor
+from supervisor.streams import Deadlines, Limits, MemoryPolicy, Output, Supervisor, open_supervisor
 
 SourceFunction = Callable[[Output], Awaitable[None]]
 
@@ -74,6 +75,18 @@ async def until(condition: Callable[[], bool]) -> None:
             return
 
 
+async def clog(scene: Scene) -> Session:
+    """Fill the way to the one connected peer, which must not be reading, up to its outbox; return its session."""
+    (session,) = scene.server.sessions
+    outbox = session._link.outbox
+    pong = build_frame(0xA, b"x" * 125)
+    outbox.append(pong * (16 << 20 >> 7))  # the writer, and the kernel's buffers
+    await until(lambda: not outbox.nbytes)
+    outbox.append(pong * 4096)
+    assert not outbox.has_room
+    return session
+
+
 @contextlib.asynccontextmanager
 async def open_scene(
     *,
@@ -82,6 +95,7 @@ async def open_scene(
     shutdown: bool = True,
     supervisor_limits: Limits | None = None,
     store: Store | None = None,
+    memory: MemoryPolicy | None = None,
 ) -> AsyncIterator[Scene]:
     """Serve a supervisor on loopback; its upstreams are the functions in `scene.sources`."""
     sources: dict[str, SourceFunction] = {"ten": ten, "forever": forever}
@@ -94,7 +108,7 @@ async def open_scene(
             raise ConfigurationError("upstream", params.upstream, f"one of {sorted(sources)}")
         return Resolved(source=sources[params.upstream], deadlines=Deadlines(idle_s=7.0), meta={"model": "m"})
 
-    async with open_supervisor(limits=supervisor_limits, store=store) as supervisor:
+    async with open_supervisor(limits=supervisor_limits, store=store, memory=memory) as supervisor:
         async with trio.open_nursery() as nursery:
             server = ControlServer(
                 supervisor,

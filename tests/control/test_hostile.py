@@ -6,9 +6,12 @@ import contextlib
 import json
 import random
 import struct
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import attrs
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -17,9 +20,11 @@ from wsproto.utilities import LocalProtocolError
 
 from supervisor.control import CloseCode, ControlLimits, LinkLimits, SessionLimits
 from supervisor.control.frames import OP_PING, OP_TEXT, build_close, build_frame
-from supervisor.streams import Output
+from supervisor.control.rpc import result_reply
+from supervisor.dialects import Snapshot
+from supervisor.streams import Output, Stream
 
-from .harness import Closed, Peer, Scene, handshake, open_scene
+from .harness import Closed, Peer, Scene, clog, handshake, open_scene, until
 
 QUICK = ControlLimits(handshake_s=0.3, link=LinkLimits(close_s=0.5))
 
@@ -365,6 +370,140 @@ async def test_requests_without_end_and_no_answer_read() -> None:
         counts = scene.server.statistics()
         assert counts.protocol_errors + counts.stalled == 1
         assert counts.crashes == 0
+
+
+async def test_batches_without_end_and_no_answer_read() -> None:
+    """Batches of calls that need no waiting are answered under the same rule as single ones: nothing piles up."""
+    async with open_scene(limits=QUICK) as scene, bystander(scene):
+        before = trio.lowlevel.current_statistics().tasks_living
+        peer = await scene.peer(receive_buffer=4096)
+        batch = [{"jsonrpc": "2.0", "id": number, "method": "hello"} for number in range(32)]
+        data = build_frame(OP_TEXT, json.dumps(batch).encode(), mask=True)
+        with contextlib.suppress(trio.BrokenResourceError):
+            while True:
+                await peer.send(data)
+                assert trio.lowlevel.current_statistics().tasks_living < before + 20
+        await until(lambda: scene.server.statistics().protocol_errors == 1)
+
+
+async def test_large_answers_and_none_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many snapshots asked for and not read only a few are ever made; each of them comes once it is read."""
+    async with open_scene() as scene:
+        scene.sources["recent"] = recent_in_memory
+        peer = await scene.peer(receive_buffer=4096)
+        stream = (await peer.call("stream.start", upstream="recent", request={}))["result"]["id"]
+        await until(lambda: scene.supervisor.get(stream).tail_seq == 7)
+        made = 0
+        read_snapshot = Stream.read_snapshot
+
+        async def counted(self: Stream) -> Snapshot:
+            nonlocal made
+            made += 1
+            return await read_snapshot(self)
+
+        monkeypatch.setattr(Stream, "read_snapshot", counted)
+        session = await clog(scene)
+        asked = {await peer.ask("stream.snapshot", id=stream) for _ in range(30)}
+        batches = [
+            [{"jsonrpc": "2.0", "id": 1000 + number, "method": "stream.snapshot", "params": {"id": stream}}]
+            for number in range(10)
+        ]
+        for batch in batches:
+            await peer.text(json.dumps(batch))
+        await until(lambda: session.pending == 40)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert made == 0
+        withdrawn = max(asked)
+        await peer.tell("request.cancel", id=withdrawn)
+        answered: dict[int, Any] = {}
+        while len(answered) < 40:
+            message = await peer.message()
+            (reply,) = message if isinstance(message, list) else [message]
+            answered[reply["id"]] = reply
+            assert made <= len(answered) + 6
+        assert answered[withdrawn]["error"]["data"]["kind"] == "request_cancelled"
+        assert made == 39
+
+
+async def test_an_answer_is_not_encoded_before_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a call that waits comes to, its reply is encoded when it can be queued."""
+    async with open_scene() as scene:
+        peer = await scene.peer(receive_buffer=4096)
+        stream = (await peer.call("stream.start", upstream="forever", request={}))["result"]["id"]
+        encoded = 0
+
+        def counted(call_id: msgspec.Raw, result: object) -> bytes:
+            nonlocal encoded
+            encoded += 1
+            return result_reply(call_id, result)
+
+        monkeypatch.setattr("supervisor.control.session.result_reply", counted)
+        session = await clog(scene)
+        asked = {await peer.ask("stream.get", id=stream) for _ in range(20)}
+        await until(lambda: session.pending == 20)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert encoded == 0
+        assert {(await peer.message())["id"] for _ in range(20)} == asked
+
+
+async def test_a_cancel_does_not_wait_for_the_client_to_read() -> None:
+    """What ends streams is carried out when it is asked for, whether or not its answer can be sent."""
+    async with open_scene() as scene:
+        peer = await scene.peer(receive_buffer=4096)
+        stream = (await peer.call("stream.start", upstream="forever", request={}))["result"]["id"]
+        await clog(scene)
+        await peer.ask("stream.cancel", all=True)
+        with trio.fail_after(5):
+            assert (await scene.supervisor.get(stream).wait()).state == "cancelled"
+
+
+async def test_waiting_requests_do_not_hold_the_messages_they_came_in() -> None:
+    """Two hundred megabytes of blanks around requests that wait are not kept until these are answered."""
+    async with open_scene() as scene:
+        peer = await scene.peer()
+        stream = (await peer.call("stream.start", upstream="forever", request={}))["result"]["id"]
+        (session,) = scene.server.sessions
+        tracemalloc.start()
+        try:
+            for number in range(50):
+                call = {"jsonrpc": "2.0", "id": number, "method": "stream.wait", "params": {"id": stream}}
+                message = json.dumps(call if number % 2 else [call]).encode()
+                await peer.send(build_frame(OP_TEXT, message + b" " * 4_000_000, mask=True))
+            await until(lambda: session.pending == 50)
+            assert tracemalloc.get_traced_memory()[0] < 30_000_000
+        finally:
+            tracemalloc.stop()
+
+
+async def test_subscriptions_given_up_leave_nothing_queued() -> None:
+    """One that has something to send and is given up, while nothing can be sent, leaves the queue of those that have."""
+    async with open_scene() as scene:
+        peer = await scene.peer(receive_buffer=4096)
+        stream = (await peer.call("stream.start", upstream="forever", request={}))["result"]["id"]
+        subs = [
+            (await peer.call("stream.subscribe", id=stream, credit=0))["result"]["sub"] for _ in range(50)
+        ]
+        session = await clog(scene)
+        for sub in subs:
+            await peer.tell("stream.credit", sub=sub, credit=1)
+        await until(lambda: len(session._dirty) >= 49)  # the pump may have one in hand
+        for sub in subs:
+            await peer.tell("stream.unsubscribe", sub=sub)
+        await until(lambda: not session.subscriptions)
+        assert not session._dirty
+
+
+async def test_a_subscription_does_not_keep_the_snapshot_it_began_with() -> None:
+    """The fold that a subscription was answered with is not held, once it is sent, for as long as that lives."""
+    async with open_scene() as scene:
+        peer = await scene.peer()
+        stream = (await peer.call("stream.start", upstream="forever", request={}))["result"]["id"]
+        await until(lambda: scene.supervisor.get(stream).tail_seq == 1)
+        result = (await peer.call("stream.subscribe", id=stream, after="snapshot"))["result"]
+        assert result["snapshot"]["text"] == "begun "
+        (session,) = scene.server.sessions
+        (watch,) = session._watches.values()
+        assert watch.events.first_snapshot is None
 
 
 async def test_a_silent_client_is_dropped_by_the_heartbeat_and_a_living_one_is_not() -> None:

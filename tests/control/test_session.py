@@ -313,6 +313,27 @@ async def test_batches() -> None:
         assert (await peer.message())["error"]["code"] == -32600
 
 
+async def test_a_batch_that_asks_for_too_much_is_answered_in_part() -> None:
+    """Past `batch_reply_bytes` calls for more of what may be large are refused, to be made one by one; others are answered."""
+    async with open_scene(limits=small(batch_reply_bytes=1200)) as scene:
+        peer = await scene.peer()
+        stream = (await peer.call("stream.start", upstream="ten", request={}))["result"]["id"]
+        await peer.call("stream.wait", id=stream)
+        calls = [
+            {"jsonrpc": "2.0", "id": number, "method": "stream.snapshot", "params": {"id": stream}}
+            for number in range(9)
+        ]
+        last = {"jsonrpc": "2.0", "id": "w", "method": "stream.wait", "params": {"id": stream}}
+        await peer.text(json.dumps([*calls, last]))
+        replies = {reply["id"]: reply for reply in await peer.message()}
+        assert len(replies) == 10
+        assert replies["w"]["result"]["state"] == "completed"
+        assert replies[0]["result"]["text"].startswith("t0 t1 ")
+        refused = replies[8]["error"]["data"]
+        assert (refused["kind"], refused["temporary"], refused["limit"]) == ("too_many_requests", True, 1200)
+        assert scene.server.statistics().pending_requests == 0
+
+
 async def test_bad_messages_are_answered_and_survived() -> None:
     """Broken JSON, unknown methods and bad parameters are each answered as JSON-RPC says; the connection goes on."""
     async with open_scene() as scene:
