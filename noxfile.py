@@ -56,8 +56,9 @@ def tests(session: nox.Session) -> None:
     session.run("coverage", "combine", "--quiet")
     floor = "0" if session.posargs else str(COVERAGE_FLOOR)
     session.run("coverage", "report", "--skip-covered", f"--fail-under={floor}")
+    version = session.python or ".".join(map(str, sys.version_info[:2]))
     session.log(
-        "not run here: other versions of Python than %s; `nox -s tests -P 3.13`", sys.version.split()[0]
+        f"not run here: versions of Python other than {version}; for one of them, `nox -s tests -P VERSION`"
     )
     if os.environ.get("CI") != "true" and "STREAM_SUPERVISOR_CASES" not in os.environ:
         cases = Path("..") / "shared" / "cases"

@@ -123,6 +123,7 @@ CONSTANTS: Sequence[tuple[str, str, object]] = (
         "Characters of a label's name or value.",
         spec.MAX_LABEL_CHARS,
     ),
+    ("supervisor.streams.spec.MAX_META_BYTES", "The `meta` of a stream, as JSON.", spec.MAX_META_BYTES),
     ("supervisor.upstream.source.MAX_REQUEST_BYTES", "A request's body.", source.MAX_REQUEST_BYTES),
     ("supervisor.upstream.source.ERROR_BODY_BYTES", "Read of an HTTP error's body.", source.ERROR_BODY_BYTES),
     ("supervisor.upstream.source.ERROR_BODY_S", "How long it is waited for.", source.ERROR_BODY_S),
@@ -299,11 +300,19 @@ proxy = "direct"
 """
 _MODEL = "sim/stall?after=3&text=Tokens+come+slowly+and+cost+money"
 """Three words, and then nothing: there is something to watch, and something to stop."""
+_SESSION_S = 30.0
+"""How long all of it may take; it takes a tenth of a second."""
 
 
 async def session() -> list[tuple[str, dict[str, Any]]]:
     """Run a daemon and a client; return what was said: (`>` or `<`, message)."""
     said: list[tuple[str, dict[str, Any]]] = []
+    with trio.fail_after(_SESSION_S):
+        await _session(said)
+    return said
+
+
+async def _session(said: list[tuple[str, dict[str, Any]]]) -> None:
     async with SimulatedUpstream() as provider, trio.open_nursery() as nursery:
         url = await nursery.start(_daemon, _CONFIG.format(base_url=provider.base_url))
         async with trio_websocket.open_websocket_url(url, subprotocols=[SUBPROTOCOL]) as socket:
@@ -314,12 +323,13 @@ async def session() -> list[tuple[str, dict[str, Any]]]:
             await calls.call("stream.subscribe", id=started["id"], view="text", credit=100)
             while len(calls.text.split()) < 3:
                 await calls.receive()
+                if calls.over:
+                    raise RuntimeError(f"the stream ended by itself: {said[-1]}")
             await calls.call("stream.cancel", key="chat-7", reason="the reader pressed Stop")
             while not calls.over:
                 await calls.receive()
             await calls.call("supervisor.shutdown", grace_s=0)
         nursery.cancel_scope.cancel()
-    return said
 
 
 async def _daemon(text: str, *, task_status: trio.TaskStatus[str]) -> None:

@@ -43,9 +43,12 @@ from supervisor import (
     ReapReport,
     Snapshot,
     Source,
+    SQLiteStore,
     Started,
     State,
+    StoreCorruptError,
     StoreError,
+    StoreLockedError,
     Stream,
     StreamInfo,
     StreamSealedError,
@@ -60,7 +63,6 @@ from supervisor import (
     open_supervisor,
 )
 from supervisor.dialects import Dialect, Reader, UnparseableError
-from supervisor.stores import SQLiteStore
 from supervisor.upstream import Credential, HttpSource, RetryPolicy, StreamTransport, Upstream, discover
 
 # --- sources ---------------------------------------------------------------------------------------------------------
@@ -88,6 +90,7 @@ async def from_a_wire(out: Output) -> None:
     out.connected()
     out.append(b"{}", "", (Delta(usage=Usage(input=1, output=2)),))
     out.skip(b"?", "not JSON")
+    out.on_abort(lambda: None)
     out.mark("stop")
     out.flush()
     out.waiting()
@@ -289,6 +292,8 @@ async def errors(sup: Supervisor) -> None:
         assert_type((error.field, error.value, error.expected), tuple[str, object, str])
     except UnknownStreamError as error:
         assert_type((error.stream_id, error.key), tuple[str | None, str | None])
+    except (StoreLockedError, StoreCorruptError) as error:
+        assert_type(error, StoreLockedError | StoreCorruptError)
     except (StreamSealedError, SupervisorClosedError, StoreError) as error:
         assert_type(error, StreamSealedError | SupervisorClosedError | StoreError)
     except SupervisorError as error:
