@@ -309,9 +309,14 @@ class ControlClient:
         """Return whether the supervisor is well, and why not."""
         return await self.call("supervisor.health", NoParams(), dict[str, Any])
 
-    async def reap(self, *, dry_run: bool = False) -> ReapResult:
-        """Run the memory manager now; with `dry_run` only say who would go and why."""
-        return await self.call("supervisor.reap", ReapParams(dry_run=dry_run), ReapResult)
+    async def reap(self, *, dry_run: bool = False, wait_s: float = 5.0) -> ReapResult:
+        """Run the memory manager now, and wait at most `wait_s` for the outcomes; with `dry_run` only say who would go.
+
+        Each entry says whether its outcome was durable by then (`settled`).
+        """
+        return await self.call(
+            "supervisor.reap", _params(ReapParams, dry_run=dry_run, wait_s=wait_s), ReapResult
+        )
 
     async def drain(self, *, timeout_s: float | None = None) -> int:
         """Let the server start nothing more and wait for what is live; return how many streams still are."""

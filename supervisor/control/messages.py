@@ -268,6 +268,8 @@ class CancelResultMessage(_Result, frozen=True, kw_only=True):
     key: str | None = None
     state: str | None = None
     reason: str | None = None
+    error: str | msgspec.UnsetType = msgspec.UNSET
+    """Only by `labels` or `all`, and only if there is one: why this stream's outcome could not be recorded."""
 
 
 class CancelManyResult(_Result, frozen=True, kw_only=True):
@@ -325,13 +327,14 @@ class WaitResult(_Result, frozen=True, kw_only=True):
 
 
 class ReapParams(_Params, frozen=True, kw_only=True):
-    """`dry_run`: say what would be reaped and why, and reap nothing."""
+    """`dry_run`: say what would be reaped and why, and reap nothing. `wait_s`: how long to wait for the outcomes."""
 
     dry_run: bool = False
+    wait_s: Seconds = 5.0
 
 
 class ReapedMessage(_Result, frozen=True, kw_only=True):
-    """One stream reaped."""
+    """One stream reaped, or to be reaped."""
 
     id: str
     key: str | None
@@ -340,6 +343,8 @@ class ReapedMessage(_Result, frozen=True, kw_only=True):
     age_s: float
     idle_s: float
     bytes_held: int
+    settled: bool = False
+    """Whether its outcome was durable within `wait_s`."""
 
 
 class ReapResult(_Result, frozen=True, kw_only=True):

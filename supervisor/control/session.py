@@ -633,7 +633,7 @@ class Session:
         return self._supervisor.health()
 
     async def _reap(self, params: ReapParams) -> ReapResult:
-        report = await self._supervisor.reap(dry_run=params.dry_run)
+        report = await self._supervisor.reap(dry_run=params.dry_run, wait_s=params.wait_s)
         return msgspec.convert(msgspec.to_builtins(report), ReapResult)
 
     async def _drain(self, params: DrainParams) -> DrainResult:
@@ -833,6 +833,7 @@ def _cancel_message(result: CancelResult) -> CancelResultMessage:
         key=result.key,
         state=None if result.state is None else str(result.state),
         reason=result.reason,
+        error=msgspec.UNSET if result.error is None else result.error,
     )
 
 

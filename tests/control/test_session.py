@@ -12,7 +12,7 @@ from supervisor.control import ControlLimits, EventMessage, LinkLimits, SessionL
 from supervisor.control.session import _slices, encode_events, encode_text
 from supervisor.errors import StoreError
 from supervisor.stores import Event, MemoryStore, SQLiteStore
-from supervisor.streams import Limits, Output
+from supervisor.streams import Limits, MemoryPolicy, Output
 
 from .harness import Closed, open_scene
 
@@ -518,6 +518,52 @@ async def test_an_outcome_that_cannot_be_recorded_ends_the_subscription_with_an_
         assert (await peer.call("stream.wait", id=stream))["error"]["code"] == -32006
         assert (await peer.call("stream.get", id=stream))["result"]["outcome"] is None
         assert scene.server.statistics().subscriptions == 0
+
+
+async def test_a_cancel_of_many_tells_which_outcome_could_not_be_recorded() -> None:
+    """Cancelled by labels or all, a stream whose outcome cannot be recorded has its `error`; the others have no such field."""
+    async with open_scene(store=ForgetfulStore()) as scene:
+        peer = await scene.peer()
+        stream = (await peer.call("stream.start", upstream="forever", request={}))["result"]["id"]
+        (result,) = (await peer.call("stream.cancel", all=True))["result"]["results"]
+        assert (result["id"], "the disk is full" in result["error"]) == (stream, True)
+    async with open_scene() as scene:
+        peer = await scene.peer()
+        await peer.call("stream.start", upstream="forever", request={})
+        (result,) = (await peer.call("stream.cancel", all=True))["result"]["results"]
+        assert (result["outcome"], "error" in result) == ("won", False)
+
+
+class ReluctantStore(MemoryStore):
+    """A store that makes outcomes durable when it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = trio.Event()
+
+    async def wait_durable(self, stream_id: str, seq: int) -> None:
+        if seq:
+            await self.go.wait()
+        await super().wait_durable(stream_id, seq)
+
+
+async def test_a_reap_says_what_has_settled() -> None:
+    """`supervisor.reap` waits up to `wait_s` for the outcomes of what it reaped, and says of each whether it is durable."""
+    store = ReluctantStore()
+    policy = MemoryPolicy(max_age_s=1e-9, sweep_every_s=3600)
+    async with open_scene(store=store, memory=policy) as scene:
+        peer = await scene.peer()
+        for ready in (False, True):
+            stream = (await peer.call("stream.start", upstream="forever", request={}))["result"]["id"]
+            (would,) = (await peer.call("supervisor.reap", dry_run=True))["result"]["reaped"]
+            assert (would["id"], would["settled"]) == (stream, False)
+            if ready:
+                store.go.set()
+            wait_s = 5 if ready else 0
+            (reaped,) = (await peer.call("supervisor.reap", wait_s=wait_s))["result"]["reaped"]
+            assert (reaped["id"], reaped["reason"], reaped["settled"]) == (stream, "reaped_age", ready)
+        negative = (await peer.call("supervisor.reap", wait_s=-1))["error"]["data"]
+        assert negative["field"] == "wait_s"
 
 
 async def test_streams_of_an_earlier_run_are_read_from_the_store(tmp_path: Path) -> None:
