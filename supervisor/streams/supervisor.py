@@ -723,7 +723,7 @@ async def open_supervisor(
                 await supervisor.recover()
                 # The watchdog outlives a cancel of the block: it bounds how long streams take to end because of it.
                 outer.start_soon(_keep, housekeeping, supervisor.watchdog.run, name="watchdog")
-                root.start_soon(supervisor.memory.run, name="memory manager")
+                root.start_soon(supervisor.memory.run, name="memory manager")  # noqa: ASYNC113  # nothing to set up
                 root.start_soon(supervisor.announce_late, name="late outcomes")
                 try:
                     yield supervisor
