@@ -559,8 +559,9 @@ async def test_a_reap_says_what_has_settled() -> None:
             assert (would["id"], would["settled"]) == (stream, False)
             if ready:
                 store.go.set()
-            wait_s = 5 if ready else 0
-            (reaped,) = (await peer.call("supervisor.reap", wait_s=wait_s))["result"]["reaped"]
+            with trio.fail_after(4):  # less than the default of `wait_s`
+                reply = await peer.call("supervisor.reap", wait_s=60 if ready else 0)
+            (reaped,) = reply["result"]["reaped"]
             assert (reaped["id"], reaped["reason"], reaped["settled"]) == (stream, "reaped_age", ready)
         negative = (await peer.call("supervisor.reap", wait_s=-1))["error"]["data"]
         assert negative["field"] == "wait_s"
