@@ -559,8 +559,11 @@ async def test_a_reap_says_what_has_settled() -> None:
             assert (would["id"], would["settled"]) == (stream, False)
             if ready:
                 store.go.set()
-            with trio.fail_after(4):  # less than the default of `wait_s`
+            with trio.move_on_after(4) as scope:  # less than the default of `wait_s`
                 reply = await peer.call("supervisor.reap", wait_s=60 if ready else 0)
+            if scope.cancelled_caught:
+                store.go.set()  # else the supervisor could not be left
+                pytest.fail("it waited for longer than it was told to")
             (reaped,) = reply["result"]["reaped"]
             assert (reaped["id"], reaped["reason"], reaped["settled"]) == (stream, "reaped_age", ready)
         negative = (await peer.call("supervisor.reap", wait_s=-1))["error"]["data"]
