@@ -589,6 +589,8 @@ class Supervisor:
             self.store.forget(stream.id)
             self._keep_finished(stream)
         else:
+            if not self._unrecorded:
+                self._nursery.start_soon(self._announce_late, name="late outcomes")
             self._unrecorded[stream.id] = stream
         self._note_idle()
 
@@ -596,9 +598,9 @@ class Supervisor:
         """Take note that a stream's task has come to its end."""
         self._tasks -= 1
 
-    async def announce_late(self) -> None:
-        """Announce outcomes that became durable after all, until cancelled."""
-        while True:
+    async def _announce_late(self) -> None:
+        """Announce outcomes that become durable after all, until there are none left to wait for."""
+        while self._unrecorded:
             await trio.sleep(_LATE_S)
             for stream in builtins.list(self._unrecorded.values()):
                 stream.announce_late()
@@ -724,7 +726,6 @@ async def open_supervisor(
                 # The watchdog outlives a cancel of the block: it bounds how long streams take to end because of it.
                 outer.start_soon(_keep, housekeeping, supervisor.watchdog.run, name="watchdog")
                 root.start_soon(supervisor.memory.run, name="memory manager")  # noqa: ASYNC113  # nothing to set up
-                root.start_soon(supervisor.announce_late, name="late outcomes")
                 try:
                     yield supervisor
                 except BaseException:
