@@ -140,7 +140,10 @@ async def _cancel(client: ControlClient, options: argparse.Namespace) -> int:
     else:
         rows = ((r.id, r.key, r.outcome, styled_state(r.state or "-"), r.reason or "") for r in results)
         console().print(table(("id", "key", "cancel", "state", "reason"), rows))
-    return Exit.OK
+    unrecorded = [result for result in results if result.error]
+    for result in unrecorded:
+        complain(f"{result.id}: {result.error}")
+    return Exit.FAILURE if unrecorded else Exit.OK
 
 
 def stats(options: argparse.Namespace) -> int:
@@ -181,6 +184,8 @@ async def _reap(client: ControlClient, options: argparse.Namespace) -> int:
         )
         console().print(table(("id", "key", "reason", "age", "idle", "bytes"), rows))
     say(f"{len(report.reaped)} {'would be' if report.dry_run else 'were'} reaped")
+    if not report.dry_run and (open_ends := sum(not one.settled for one in report.reaped)):
+        say(f"{open_ends} of them had no durable outcome yet")
     return Exit.OK
 
 
