@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 import ssl
-from typing import Any
+from typing import Any, Literal
 
+import attrs
 import httpx
+import msgspec
 import pytest
 import trio
 import trio.testing
 import trustme
 
+from supervisor.dialects import Delta, Fault, Fold, ToolCallDelta
+from supervisor.dialects.openai_chat import OPENAI_CHAT
 from supervisor.errors import ConfigurationError, ConnectError
 from supervisor.stores import MemoryStore
-from supervisor.streams import Deadlines, open_supervisor
+from supervisor.streams import Deadlines, Limits, Output, open_supervisor
 from supervisor.testing.upstream import Script, SimulatedUpstream, unreachable_url
 from supervisor.upstream.catalog import Credential, Upstream
 from supervisor.upstream.retry import RetryPolicy
 from supervisor.upstream.source import MAX_REQUEST_BYTES, HttpSource
 from supervisor.upstream.transport import StreamTransport
-from tests.upstream.attempts import QUICK, SECRET, VARIABLE, bench
+from tests.upstream.attempts import QUICK, SECRET, VARIABLE, Bench, Result, bench
 
 
 @pytest.fixture(autouse=True)
@@ -571,6 +576,273 @@ async def test_a_credential_in_the_text_and_in_garbage_is_removed_too() -> None:
         result = await b.run("m")
         assert any(kind == "skipped" for kind, _ in result.records)
         assert SECRET not in repr(result.records)
+
+
+def escaped(text: str, levels: int = 1) -> str:
+    """Return text as the inside of a JSON string with every character escaped, so many strings deep."""
+    for _ in range(levels):
+        text = "".join(f"\\u{ord(character):04x}" for character in text)
+    return text
+
+
+def spelled_out(text: str) -> str:
+    """Return text followed by what its escapes stand for, however deep."""
+    for _ in range(8):
+        plain = re.sub(r"\\u([0-9a-fA-F]{4})", lambda m: chr(int(m[1], 16)), text)
+        text += re.sub(r"\\(.)", r"\1", plain) if plain == text else plain
+        if len(text) > 1 << 20:
+            break
+    return text
+
+
+async def everything_told(b: Bench, model: str = "m") -> tuple[Result, str]:
+    """Run to the outcome; return it, and all that the stream tells, escapes undone, its payloads read again."""
+    stream = await b.start(model, retry=RetryPolicy(attempts=1))
+    result = await b.result(stream, await stream.wait())
+    reader, again = OPENAI_CHAT.reader(), Fold()
+    told = [result.outcome.to_json().decode(), repr(stream.snapshot()), repr(b.sup.list())]
+    async with stream.subscribe() as events:
+        async for event in events:
+            told += [event.name, event.payload.decode("utf-8", "replace")]
+            if event.kind == "data":
+                for delta in reader.read(event.payload, event.name or "message"):
+                    again.apply(delta)
+    told.append(repr(again.snapshot()))
+    return result, "\n".join(spelled_out(text) for text in told)
+
+
+CHUNK = '{"id":"c","model":"m","choices":[{"index":0,"delta":%s}]}'
+PLACES = {
+    "content": CHUNK % '{"content":"a KEY b"}',
+    "reasoning": CHUNK % '{"reasoning":"KEY"}',
+    "refusal": CHUNK % '{"refusal":"KEY"}',
+    "arguments": CHUNK % '{"tool_calls":[{"index":0,"id":"i","function":{"name":"f","arguments":"KEY"}}]}',
+    "arguments object": CHUNK
+    % '{"tool_calls":[{"index":0,"function":{"name":"f","arguments":{"a":["KEY"],"KEY":1}}}]}',
+    "tool name": CHUNK % '{"tool_calls":[{"index":0,"function":{"name":"KEY"}}]}',
+    "tool id": CHUNK % '{"tool_calls":[{"index":0,"id":"KEY","function":{"name":"f"}}]}',
+    "model": '{"model":"KEY","choices":[{"delta":{"content":"x"}}]}',
+    "response id": '{"id":"KEY","choices":[{"delta":{"content":"x"}}]}',
+    "finish reason": '{"choices":[{"delta":{},"finish_reason":"KEY"}]}',
+    "cut finish reason": '{"choices":[{"delta":{},"finish_reason":"' + "x" * 45 + 'KEY"}]}',
+    "finish reason cut twice": '{"choices":[{"delta":{},"finish_reason":"' + "x" * 240 + 'KEY"}]}',
+    "a field nobody reads": '{"choices":[{"delta":{"content":"x"}}],"echo":[{"a":"KEY"}]}',
+    "the name of a field": '{"choices":[{"delta":{"content":"x"}}],"KEY":1}',
+    "a field told twice": '{"x":"KEY","x":"y","choices":[{"delta":{"content":"x"}}]}',
+    "an error": '{"error":{"message":"bad KEY","code":"KEY"}}',
+    "an error of text": '{"error":"bad KEY"}',
+    "no JSON": '{"a": "KEY',
+    "no JSON, broken": '{"KEY\udcff',
+    "broken UTF-8": CHUNK % '{"content":"KEY \udcff"}',
+    "a number beyond range": '{"n":' + "9" * 400 + ',"choices":[{"delta":{"content":"KEY"}}]}',
+    "nested deeply": '{"n":' + "[" * 900 + "]" * 900 + ',"choices":[{"delta":{"content":"KEY"}}]}',
+}
+SPELLINGS = {
+    "plain": SECRET,
+    "one letter": "\\u0073" + SECRET[1:],
+    "one hyphen": SECRET.replace("-", "\\u002D", 1),
+    "all": escaped(SECRET),
+    "twice": "\\" + escaped(SECRET[0]) + SECRET[1:],
+    "all twice": escaped(SECRET, 2),
+    "escaped backslash": "\\u005cu0073" + SECRET[1:],
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+async def test_a_credential_in_any_place_and_spelling(
+    place: str, spelling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is echoed, and as JSON may escape it, it is in no payload, name, snapshot, reason, fault or info."""
+    body = "data: " + place.replace("KEY", spelling) + "\n\ndata: [DONE]\n\n"
+    marks: list[str | None] = []
+    monkeypatch.setattr(Output, "mark", lambda _, reason: marks.append(reason))
+    async with bench(default=Script(body=body.encode("utf-8", "surrogateescape"))) as b:
+        result, told = await everything_told(b)
+        assert SECRET[:12] not in spelled_out(repr(marks))
+        assert SECRET[:12] not in told
+        assert (
+            "[credential removed]" in told or place == PLACES["a field told twice"]
+        )  # the first of two is dropped
+        assert str(result.outcome.state) in ("completed", "failed")
+        assert len(result.outcome.reason) < 100
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        CHUNK % json.dumps({"content": [SECRET[:9], {"type": "text", "text": SECRET[9:]}]}),
+        CHUNK % json.dumps({"content": [{"thinking": SECRET[:9]}, {"thinking": SECRET[9:]}]}),
+        '{"echo":"' + SECRET + '",' + (CHUNK % json.dumps({"content": [SECRET[:9], SECRET[9:]]}))[1:],
+    ],
+    ids=["text", "reasoning", "and whole"],
+)
+async def test_a_credential_put_together_from_parts_of_an_event(data: str) -> None:
+    """Where only the meaning of an event has it, the meaning loses it and the payload is withheld."""
+    async with bench(default=Script(body=f"data: {data}\n\ndata: [DONE]\n\n".encode())) as b:
+        result, told = await everything_told(b)
+        assert result.ending == ("completed", "done")
+        assert SECRET not in told
+        assert SECRET[9:] not in told
+        assert "[credential removed]" in told
+
+
+async def test_a_name_in_pieces_is_not_put_together() -> None:
+    """A tool's name that becomes the credential with its last piece is not told, nor is that piece kept."""
+    calls = [
+        CHUNK % json.dumps({"tool_calls": [{"index": 0, "function": {"name": name}}]})
+        for name in (SECRET[:9], SECRET[9:])
+    ]
+    body = "".join(f"data: {data}\n\n" for data in (*calls, "[DONE]"))
+    async with bench(default=Script(body=body.encode())) as b:
+        _, told = await everything_told(b)
+        assert SECRET not in told
+        assert SECRET[9:] not in told
+
+
+async def test_what_else_is_in_a_payload_is_kept() -> None:
+    """A payload with an escaped credential is encoded anew: all else in it stays, also JSON in its strings."""
+    secret = "\\u0073" + SECRET[1:]
+    arguments = json.dumps({"a": [1, SECRET], SECRET: "é"}).replace(SECRET, secret)
+    call = {"index": 0, "id": "i", "function": {"name": "f", "arguments": arguments}}
+    data = json.dumps({"n": 1.5, "KEY": None, "choices": [{"delta": {"tool_calls": [call]}}]})
+    body = f"data: {data.replace('KEY', secret)}\n\ndata: [DONE]\n\n"
+    async with bench(default=Script(body=body.encode())) as b:
+        result = await b.run("m")
+        payload = json.loads(next(payload for kind, payload in result.records if kind == "data"))
+        kept = payload["choices"][0]["delta"]["tool_calls"][0]["function"].pop("arguments")
+        assert json.loads(kept) == {"a": [1, "[credential removed]"], "[credential removed]": "é"}
+        assert payload == {
+            "n": 1.5,
+            "[credential removed]": None,
+            "choices": [{"delta": {"tool_calls": [{"index": 0, "id": "i", "function": {"name": "f"}}]}}],
+        }
+
+
+async def test_a_credential_as_the_name_of_an_event() -> None:
+    """Names of events are looked through as well."""
+    data = CHUNK % '{"content":"x"}'
+    async with bench(default=Script(body=f"event: {SECRET}\ndata: {data}\n\ndata: [DONE]\n\n".encode())) as b:
+        result, told = await everything_told(b)
+        assert (result.ending, result.text) == (("completed", "done"), "x")
+        assert SECRET not in told
+
+
+async def test_a_credential_with_a_slash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its slashes may come escaped, as some encoders always do; quotes and the like are recognized too."""
+    for secret, spelling in (
+        ("ab/cd+ef/gh==", "ab\\/cd+ef\\/gh=="),
+        ("ab/cd+ef/gh==", "ab\\\\\\/cd+ef/gh=="),
+        ('key"with<quotes', 'key\\"with\\u003Cquotes'),
+    ):
+        monkeypatch.setenv(VARIABLE, secret)
+        for data in (
+            CHUNK % f'{{"content":"{spelling}"}}',
+            f'{{"choices":[],"echo":"{spelling}"}}',
+            f'{{"error":"{spelling}"}}',
+            f'{{"{spelling}',
+        ):
+            async with bench(default=Script(body=f"data: {data}\n\ndata: [DONE]\n\n".encode())) as b:
+                _, told = await everything_told(b)
+                assert secret not in told
+                assert "[credential removed]" in told
+
+
+async def test_escapes_without_the_credential_change_nothing() -> None:
+    """A payload with escapes of its own, even doubtful ones, is journaled byte for byte."""
+    content = r"\u0061\\u0062 \/ \u00e9 \ud83d\ude00 \" \n " + SECRET[:-1].replace("-", r"\u002d")
+    data = CHUNK % f'{{"content": "{content}" }}'
+    async with bench(default=Script(body=f"data: {data}\n\ndata: [DONE]\n\n".encode())) as b:
+        result = await b.run("m")
+        assert ("data", data.encode()) in result.records
+        assert result.text == json.loads(data)["choices"][0]["delta"]["content"]
+
+
+@pytest.mark.parametrize("struct", [Delta, ToolCallDelta, Fault])
+async def test_every_text_of_an_events_meaning(struct: Any) -> None:
+    """Each field that can hold text is looked through, by its type: one added later is found missing here."""
+
+    @attrs.frozen
+    class Telling:
+        told: tuple[Delta, ...]
+        name: str = "telling"
+        framing: Literal["sse"] = "sse"
+
+        def fault(self, status: int, body: bytes) -> Fault:
+            raise NotImplementedError
+
+        def reader(self) -> Any:
+            return self
+
+        def read(self, data: bytes, event: str = "message") -> tuple[Delta, ...]:
+            return self.told
+
+        def ending(self) -> str | None:
+            return "stop"
+
+    texts = [field.name for field in msgspec.structs.fields(struct) if field.type in (str, str | None)]
+    assert texts
+    seen: list[Any] = []
+    kept = Output.append
+
+    def append(out: Output, payload: bytes, name: str, deltas: Any) -> None:
+        seen.append((payload, name, deltas))
+        kept(out, payload, name, deltas)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Output, "append", append)
+        for text in texts:
+            value = {"kind": "server", "message": "m", "index": 0, text: f"a {SECRET} b"}
+            inner = msgspec.convert({k: v for k, v in value.items() if k in struct.__struct_fields__}, struct)
+            delta = (
+                Delta(fault=inner)
+                if struct is Fault
+                else Delta(tool_calls=(inner,))
+                if struct is ToolCallDelta
+                else inner
+            )
+            async with bench(default=Script(body=b"data: x\n\n")) as b:
+                upstream = attrs.evolve(
+                    b.upstream, dialect=Telling((Delta(text="before"), delta)), path="/chat/completions"
+                )
+                source = HttpSource(upstream, {}, transport=b.transport, retry=RetryPolicy(attempts=1))
+                stream = await b.sup.start(source)
+                result = await b.result(stream, await stream.wait())
+                assert SECRET not in repr(result)
+    assert len(seen) == len(texts)
+    assert SECRET not in repr(seen)
+    assert repr(seen).count("[credential removed]") >= len(texts)
+
+
+async def test_a_payload_that_would_outgrow_its_limit_is_withheld(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where taking out a short credential makes an event larger than is allowed, the stream goes on without it."""
+    monkeypatch.setenv(VARIABLE, "sk-12345")
+    text = "sk-12345" * (Limits().max_event_bytes // 10)
+    body = f"data: {CHUNK % json.dumps({'content': text})}\n\ndata: [DONE]\n\n"
+    async with bench(default=Script(body=body.encode())) as b:
+        result = await b.run("m")
+        assert result.ending == ("completed", "done")
+        assert b"sk-12345" not in b"".join(payload for _, payload in result.records)
+
+
+@pytest.mark.parametrize("status", [200, 400, 503])
+async def test_an_escaped_credential_in_an_unreadable_error(status: int) -> None:
+    """An error that is shown as it came, as it is no JSON, does not show an escaped credential."""
+    for spelling in (SECRET, "\\u0073" + SECRET[1:], escaped(SECRET)):
+        body = ("{'message': '" + spelling).encode()
+        async with bench(default=Script(status=status, body=body, content_type="text/plain")) as b:
+            result, told = await everything_told(b)
+            assert str(result.outcome.state) == "failed"
+            assert SECRET[:12] not in told
+            assert "[credential removed]" in result.outcome.message
+
+
+async def test_a_credential_as_the_encoding_of_a_body() -> None:
+    """The name of an encoding that is refused is looked through."""
+    async with bench(default=Script(headers=(("content-encoding", SECRET),))) as b:
+        result, told = await everything_told(b)
+        assert result.ending == ("failed", "protocol")
+        assert SECRET[:12] not in told
 
 
 async def test_a_shortened_message_keeps_no_beginning_of_the_credential() -> None:
