@@ -14,6 +14,7 @@ before the store does: no request can find a store that is closed.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import resource
@@ -201,6 +202,8 @@ class _Daemon:
             ports: tuple[int, ...] = await nursery.start(server.run, control.host, control.port)
             nursery.start_soon(_retain, self._store, config.retention, name="retention")
             self.ending.started = True
+            gc.collect()
+            gc.freeze()  # modules and certificates live as long as the process: no full collection need look at them again
             self._announce(ports[0])
             await self.ending.requested.wait()
             await self._wind_down(supervisor)
