@@ -26,6 +26,8 @@ MAX_INFORMATIONAL = 16
 
 _NAME = re.compile(rb"[-!#$%&'*+.^_`|~0-9A-Za-z]+")
 _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+_BLANK_LINE = re.compile(rb"\n\r?\n")
+_CONTROL = re.compile(rb"[\x00\x0b\x0c]|\r(?=[^\n])")
 _BODILESS = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"DELETE"})
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -105,12 +107,13 @@ def write_head(
 class HeadReader:
     """Reads one response head, skipping 1xx responses. Feed it until it returns the head; `rest` is what follows."""
 
-    __slots__ = ("_connection", "_informational", "_max_head_bytes", "received", "rest")
+    __slots__ = ("_connection", "_context", "_informational", "_max_head_bytes", "received", "rest")
 
     def __init__(self, connection: h11.Connection, *, max_head_bytes: int) -> None:
         self._connection = connection
         self._max_head_bytes = max_head_bytes
         self._informational = 0
+        self._context = b""  # the last bytes of the head so far: what a blank line may have begun with
         self.received = 0
         """Bytes fed so far. Zero: nothing came back, not even part of a head."""
         self.rest = b""
@@ -118,20 +121,23 @@ class HeadReader:
     def feed(self, data: bytes) -> ResponseHead | None:
         """Take bytes; return the final head once it is complete. Raises RemoteProtocolError."""
         self.received += len(data)
-        try:
-            self._connection.receive_data(data)
-            while True:
+        while True:
+            head, data = self._cut(data)
+            try:
+                self._connection.receive_data(head)
                 event = self._connection.next_event()
-                if isinstance(event, h11.InformationalResponse):
-                    self._skip(event)
-                elif isinstance(event, h11.Response):
-                    break
-                else:
-                    self._bound(self.received)
-                    return None
-        except h11.RemoteProtocolError as exc:
-            raise RemoteProtocolError(f"the upstream's response is not HTTP/1.1: {str(exc)[:200]}") from None
-        self.rest = self._connection.trailing_data[0]
+            except h11.RemoteProtocolError as exc:
+                raise RemoteProtocolError(
+                    f"the upstream's response is not HTTP/1.1: {str(exc)[:200]}"
+                ) from None
+            if isinstance(event, h11.Response):
+                break
+            if isinstance(event, h11.InformationalResponse):
+                self._skip(event)
+            if not data:
+                self._bound(self.received)
+                return None
+        self.rest = self._connection.trailing_data[0] + data
         self._bound(self.received - len(self.rest))
         return ResponseHead(
             status=event.status_code,
@@ -139,6 +145,23 @@ class HeadReader:
             http_version=event.http_version,
             headers=list(event.headers),
         )
+
+    def _cut(self, data: bytes) -> tuple[bytes, bytes]:
+        """Return the bytes of this head, up to its blank line, and those after it. Raises RemoteProtocolError.
+
+        Control characters are refused here: h11 would refuse them too, but looks for them in a time that grows with the
+        square of the white space before them, which in a head of 64 KiB takes seconds.
+        """
+        window = self._context + data
+        blank = _BLANK_LINE.search(window)
+        end = len(window) if blank is None else blank.end()
+        if _CONTROL.search(window, 0, end):
+            raise RemoteProtocolError(
+                "the upstream's response is not HTTP/1.1: a control character in its head"
+            )
+        cut = end - len(self._context)
+        self._context = window[-3:] if blank is None else b""
+        return data[:cut], data[cut:]
 
     def _skip(self, event: h11.InformationalResponse) -> None:
         if event.status_code == 101:

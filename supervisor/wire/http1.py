@@ -45,7 +45,7 @@ _TRAILERS_NAME: Final = f"trailer section of more than {_MAX_TRAILER_BYTES} byte
 _HEX: Final = b"0123456789abcdefABCDEF"
 # The size, then nothing or an extension; the extension's grammar is nobody's business, control characters are.
 _SIZE_LINE: Final = re.compile(rb"([0-9a-fA-F]+)(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
-_TRAILER_LINE: Final = re.compile(rb"([-!#$%&'*+.^_`|~0-9a-zA-Z]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+_TRAILER_LINE: Final = re.compile(rb"([-!#$%&'*+.^_`|~0-9a-zA-Z]+):[ \t]*+([^\x00-\x08\x0a-\x1f\x7f]*+)")
 
 
 class Framing(Protocol):

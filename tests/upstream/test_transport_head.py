@@ -59,6 +59,17 @@ def test_any_request_is_written_as_itself_or_refused(method, target, headers):
     assert server.trailing_data[0] == b""
 
 
+@pytest.mark.parametrize("character", [b"\x00", b"\x0b", b"\x0c", b"\r"])
+@pytest.mark.parametrize("piece", [1 << 16, 1000, 1])
+def test_white_space_before_a_control_character_costs_nothing(character, piece):
+    """A head that a parser could spend seconds on is refused at once, at any split, also after a 1xx response."""
+    evil = b"HTTP/1.1 103 Early\r\n\r\nHTTP/1.1 200 OK\r\nx:" + b" " * 60_000 + character + b"y\r\n\r\n"
+    _, reader = write_head(b"GET", b"/", [(b"Host", b"h")], max_head_bytes=1 << 16)
+    with pytest.raises(RemoteProtocolError, match="control character"):
+        for at in range(0, len(evil), piece):
+            assert reader.feed(evil[at : at + piece]) is None
+
+
 RESPONSE = (
     b"HTTP/1.1 103 Early\r\nLink: a\r\n\r\nHTTP/1.1 200 OK\r\nX-A: b\r\n c\r\nContent-Length: 4\r\n\r\nbody"
 )

@@ -423,3 +423,17 @@ def test_a_trickled_body_holds_nothing():
     finally:
         tracemalloc.stop()
     assert held < 10_000
+
+
+def test_white_space_before_a_bad_trailer_costs_nothing():
+    """A trailer as long as is allowed, blank but for a control character at its end, is refused at once, a thousand times."""
+    body = b"0\r\nx:" + b" " * 16_000 + b"\x01\r\n\r\n"
+    for _ in range(1000):
+        with pytest.raises(RemoteProtocolError, match="malformed trailer"):
+            _fed_to_the_end(ChunkedBody(), body)
+
+
+def _fed_to_the_end(framing: ChunkedBody, body: bytes) -> None:
+    framing.feed(body)
+    if framing.fault is not None:
+        raise framing.fault
