@@ -11,6 +11,7 @@ from supervisor.streams.lifecycle import (
     Verdict,
 )
 from supervisor.streams.memory import MemoryStatistics, Reaped, ReapReport
+from supervisor.streams.opening import open_supervisor
 from supervisor.streams.output import Output
 from supervisor.streams.spec import (
     Deadlines,
@@ -29,7 +30,6 @@ from supervisor.streams.supervisor import (
     Started,
     Supervisor,
     SupervisorStatistics,
-    open_supervisor,
 )
 
 __all__ = [

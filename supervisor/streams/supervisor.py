@@ -9,20 +9,16 @@ it started the first time instead of paying for it again.
 *finished*: kept in memory, bounded by count and age, and beyond that in the store alone. Live streams are in the order they
 were started, which is what the memory manager needs.
 
-**Nesting.** The store's writer runs in an outer nursery, shielded, and ends last; streams, watchdog and sweeper run in the
-root nursery inside it. Leaving `open_supervisor` waits for the live streams, as leaving a nursery waits for its children; an
-exception in the block ends them as `cancelled(shutdown)` first. A stream never raises into the root nursery, so what comes
-out of the block is the block's own exception, unwrapped, or the embedding program's own `Cancelled`.
+How a supervisor is opened and closed is in `opening.py`.
 """
 
 from __future__ import annotations
 
 import builtins
-import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import attrs
@@ -41,7 +37,6 @@ from supervisor.errors import (
     UnknownStreamError,
 )
 from supervisor.stores.base import Event, Store, StoredStream, StoreStatistics
-from supervisor.stores.memory import MemoryStore
 from supervisor.streams.clocks import Watchdog
 from supervisor.streams.lifecycle import Outcome, State
 from supervisor.streams.memory import SLICE, MemoryManager, MemoryStatistics, ReapReport
@@ -60,7 +55,7 @@ from supervisor.streams.spec import (
 )
 from supervisor.streams.stream import CancelResult, Stream, StreamInfo
 
-__all__ = ["Health", "Started", "Supervisor", "SupervisorStatistics", "open_supervisor"]
+__all__ = ["Health", "Started", "Supervisor", "SupervisorStatistics"]
 
 _log = logging.getLogger("supervisor.streams")
 _MAX_REASONS = 64  # distinct reasons counted for one state
@@ -682,117 +677,6 @@ class Supervisor:
         await self._wait_idle()
         self._phase = "closed"
         self._nursery.cancel_scope.cancel(reason="the supervisor is closed")
-
-
-@contextlib.asynccontextmanager
-async def open_supervisor(
-    *,
-    store: Store | None = None,
-    limits: Limits | None = None,
-    deadlines: Deadlines | None = None,
-    memory: MemoryPolicy | None = None,
-    dialects: Sequence[Dialect] = (),
-    new_id: IdFactory | None = None,
-) -> AsyncIterator[Supervisor]:
-    """Open a supervisor for the length of an `async with` block.
-
-    `store` defaults to one in memory; with a durable one, streams that a crash interrupted are first given the outcome
-    `failed(interrupted)`. `dialects` adds to those built in.
-
-    Leaving the block waits for the live streams, as a nursery does (`shutdown` ends them instead). An exception in the block
-    ends them as `cancelled(shutdown)` and then comes out as it was raised. If the block is cancelled from outside, its
-    streams end the same way, and `trio.Cancelled` passes on once their outcomes are durable, which is shielded and bounded by
-    `Limits.settle_s`. Raises StoreError if the store cannot be opened.
-    """
-    chosen_store = MemoryStore() if store is None else store
-    housekeeping = trio.CancelScope(shield=True)
-    try:
-        async with trio.open_nursery() as outer, _closing(chosen_store, housekeeping):
-            # A start that is cancelled half-way would leave the store running.
-            with trio.CancelScope(shield=True):
-                await outer.start(_run_store, chosen_store)
-            await trio.lowlevel.checkpoint()
-            async with trio.open_nursery() as root:
-                supervisor = Supervisor(
-                    root,
-                    store=chosen_store,
-                    limits=Limits() if limits is None else limits,
-                    deadlines=Deadlines() if deadlines is None else deadlines,
-                    memory=MemoryPolicy() if memory is None else memory,
-                    dialects=dialects,
-                    new_id=new_id,
-                )
-                await supervisor.recover()
-                # The watchdog outlives a cancel of the block: it bounds how long streams take to end because of it.
-                outer.start_soon(_keep, housekeeping, supervisor.watchdog.run, name="watchdog")
-                root.start_soon(supervisor.memory.run, name="memory manager")  # noqa: ASYNC113  # nothing to set up
-                try:
-                    yield supervisor
-                except BaseException:
-                    with trio.CancelScope(shield=True):
-                        await supervisor.shutdown(actor="parent")
-                    raise
-                await supervisor.close()
-    except BaseExceptionGroup as group:
-        _reraise(group)
-        raise
-
-
-@contextlib.asynccontextmanager
-async def _closing(store: Store, housekeeping: trio.CancelScope) -> AsyncIterator[None]:
-    """End the housekeeping and close the store after a block, whatever ended it, without hiding why it ended."""
-    try:
-        yield
-    except BaseException as error:
-        housekeeping.cancel()
-        with trio.CancelScope(shield=True):
-            try:
-                await store.aclose()
-            except StoreError as lost:
-                _log.error("the store could not be closed well: %s", lost)  # the error says it all
-                for leaf in _leaves(error):
-                    if not isinstance(leaf, trio.Cancelled):
-                        leaf.add_note(f"and the store could not be closed well: {lost}")
-        raise
-    housekeeping.cancel()
-    with trio.CancelScope(shield=True):
-        await store.aclose()
-
-
-async def _keep(scope: trio.CancelScope, run: Callable[[], Awaitable[object]]) -> None:
-    with scope:
-        await run()
-
-
-async def _run_store(store: Store, *, task_status: trio.TaskStatus[None]) -> None:  # noqa: ASYNC128  # `run` reports as started
-    """Run the store out of reach of the embedding program's cancel: it is ended by `aclose`, after the streams."""
-    with trio.CancelScope(shield=True):
-        await store.run(task_status=task_status)
-
-
-def _reraise(group: BaseExceptionGroup[BaseException]) -> None:
-    """Raise a group's one exception by itself, or the first of several that say the same; else return."""
-    leaves = list(_leaves(group))
-    if len(leaves) == 1 or any(
-        all(isinstance(leaf, kind) for leaf in leaves) for kind in (trio.Cancelled, StoreError)
-    ):
-        leaf = leaves[0]
-        context = leaf.__context__
-        try:
-            raise leaf
-        finally:
-            leaf.__context__ = (
-                context  # not the group: the nurseries in between are no part of the caller's story
-            )
-            del leaf, leaves, group
-
-
-def _leaves(error: BaseException) -> Iterable[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for part in error.exceptions:
-            yield from _leaves(part)
-    else:
-        yield error
 
 
 def _exactly_one(**selectors: object) -> None:
