@@ -108,10 +108,14 @@ class GapError(SupervisorError):
         earliest_seq: int,
         tail_seq: int,
     ) -> None:
+        gone = (
+            f"the events after ({after_epoch}, {after_seq}) are gone"
+            if after_seq < earliest_seq
+            else f"({after_epoch}, {after_seq}) is no position in its history (any more)"
+        )
         super().__init__(
-            f"stream {stream_id}: the events after ({after_epoch}, {after_seq}) are gone; epoch {epoch} can be read "
-            f"from seq {earliest_seq} to {tail_seq}; take a snapshot, or subscribe after "
-            f"({epoch}, {earliest_seq - 1})"
+            f"stream {stream_id}: {gone}; epoch {epoch} can be read from seq {earliest_seq} to {tail_seq}; "
+            f"take a snapshot, or subscribe after ({epoch}, {earliest_seq - 1})"
         )
         self.stream_id = stream_id
         self.epoch = epoch

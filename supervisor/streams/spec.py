@@ -193,6 +193,14 @@ def _labels(_instance: object, _attribute: attrs.Attribute[Any], value: object) 
         )
 
 
+def _made_of(kind: type) -> Callable[[object, attrs.Attribute[Any], object], None]:
+    def check(_instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if not isinstance(value, kind):
+            raise ConfigurationError(attribute.name, value, f"a {kind.__name__}(…)")
+
+    return check
+
+
 def _upstream(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
     if value is not None and not (isinstance(value, str) and 0 < len(value) <= MAX_KEY_CHARS):
         raise ConfigurationError("upstream", value, f"a name of 1 to {MAX_KEY_CHARS} characters, or None")
@@ -211,8 +219,8 @@ class StreamSpec:
     upstream: str | None = attrs.field(default=None, validator=_upstream)
     dialect: str = attrs.field(default="native", validator=attrs.validators.instance_of(str))
     labels: Mapping[str, str] = attrs.field(factory=dict, validator=_labels)
-    deadlines: Deadlines = attrs.field(factory=Deadlines, validator=attrs.validators.instance_of(Deadlines))
-    on_detach: OnDetach = attrs.field(factory=OnDetach, validator=attrs.validators.instance_of(OnDetach))
+    deadlines: Deadlines = attrs.field(factory=Deadlines, validator=_made_of(Deadlines))
+    on_detach: OnDetach = attrs.field(factory=OnDetach, validator=_made_of(OnDetach))
     delivery: Delivery = attrs.field(default="immediate", validator=_one_of(*get_args(Delivery)))
     meta: Mapping[str, Any] = attrs.field(factory=dict, validator=_meta)
     """Small facts for the record, such as the model asked for. JSON values, at most 64 KiB of them."""

@@ -18,6 +18,7 @@ import builtins
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
@@ -58,6 +59,7 @@ from supervisor.streams.stream import CancelResult, Stream, StreamInfo
 __all__ = ["Health", "Started", "Supervisor", "SupervisorStatistics"]
 
 _log = logging.getLogger("supervisor.streams")
+_PAGE = 4096  # events read at a time
 _MAX_REASONS = 64  # distinct reasons counted for one state
 _LATE_S = 1.0  # between two looks at outcomes that were not durable in time
 
@@ -295,7 +297,11 @@ class Supervisor:
             self._nursery.start_soon(stream.follow_durability, name=f"durability of {stream.id}")
         tombstone = self._tombstones.pop(spec.key, None) if spec.key is not None else None
         if tombstone is not None and tombstone.expires > trio.current_time():
-            stream.stop_for("requested", actor=tombstone.actor, message=tombstone.reason)
+            stream.stop_for(
+                "requested",
+                actor=tombstone.actor,
+                message=tombstone.reason or "cancelled before it was started",
+            )
 
     # --- finding -----------------------------------------------------------------------------------------------------
 
@@ -653,7 +659,7 @@ class Supervisor:
         """
         interrupted = await self.store.unfinished()
         for stored in interrupted:
-            outcome = _interrupted(stored)
+            outcome = await _interrupted(stored, self.store)
             event = Event(outcome.epoch, outcome.last_seq, outcome.ended_at, "outcome", outcome.to_json())
             self.store.end(stored.id, event, state=outcome.state.value, ended_at=outcome.ended_at)
         for stored in interrupted:
@@ -700,19 +706,30 @@ def _matches(
     )
 
 
-def _interrupted(stored: StoredStream) -> Outcome:
-    """Return the outcome of a stream that a crash interrupted.
+async def _interrupted(stored: StoredStream, store: Store) -> Outcome:
+    """Return the outcome of a stream that a crash interrupted, its counts taken from the durable journal.
 
     It begins a new epoch: readers may have seen events that were not durable, and a cursor past the durable end must be
     told of the gap rather than be continued with something else.
     """
     last, epoch = stored.last_seq, stored.epoch
+    counts: Counter[str] = Counter()
+    seq = stored.first_seq - 1
+    try:
+        while seq < last and (page := await store.read(stored.id, after_seq=seq, limit=_PAGE)):
+            counts.update(event.kind for event in page)
+            seq = page[-1].seq
+    except StoreCorruptError as error:
+        _log.error("%s", error)  # the error says it all; what could be read is counted
     return Outcome(
         id=stored.id,
         key=stored.key,
         state=State.FAILED,
         reason="interrupted",
         message=f"the process ended while the stream was live; {last} events were durable and are kept",
+        attempts=counts["attempt"],
+        events=counts["data"],
+        skipped=counts["skipped"],
         epoch=epoch + 1,
         last_seq=last + 1,
         epoch_starts=((1, 1), (epoch + 1, last + 1)),

@@ -33,6 +33,8 @@ from supervisor.streams.spec import StreamSpec, monotonic_ids
         (lambda: StreamSpec(labels={str(n): "" for n in range(33)}), "labels"),
         (lambda: StreamSpec(labels=["a"]), "labels"),
         (lambda: StreamSpec(delivery="later"), "StreamSpec.delivery"),
+        (lambda: StreamSpec(deadlines={"idle_s": 1}), "deadlines"),
+        (lambda: StreamSpec(on_detach="keep"), "on_detach"),
     ],
 )
 def test_a_bad_option_is_refused_by_name(make, field):

@@ -478,7 +478,9 @@ async def crashed_store() -> MemoryStore:
     again._kept, again._ended, again._by_key = store._kept, store._ended, store._by_key
     head = b'{"key":"cut","dialect":"native","labels":{"user":"u"}}'
     again.create(StoredStream(id="0" * 26, key="cut", created_at=100.0, head=head))
-    again.append("0" * 26, [Event(1, n, 100.0 + n, "data", b'{"text":"%d"}' % n) for n in (1, 2, 3)])
+    attempt = Event(1, 1, 100.0, "attempt", b'{"attempt":1}')
+    told = [Event(1, n + 1, 100.0 + n, "data", b'{"text":"%d"}' % n) for n in (1, 2, 3)]
+    again.append("0" * 26, [attempt, *told])
     return again
 
 
@@ -488,7 +490,8 @@ async def test_after_a_crash_each_stream_has_one_outcome():
         whole, cut = await sup.find(key="whole"), await sup.find(key="cut")
         assert whole.outcome.state is State.COMPLETED
         outcome = await cut.wait()
-        assert (outcome.state, outcome.reason, outcome.last_seq) == (State.FAILED, "interrupted", 4)
+        assert (outcome.state, outcome.reason, outcome.last_seq) == (State.FAILED, "interrupted", 5)
+        assert (outcome.events, outcome.attempts) == (3, 1)
         assert (await cut.read_snapshot()).text == "123"
         assert cut.labels == {"user": "u"}
         assert not sup.start_nowait(words, key="whole").created, "its key is still claimed"
@@ -500,9 +503,9 @@ async def test_a_reader_that_saw_more_than_was_durable_is_told_so():
     async with open_supervisor(store=await crashed_store()) as sup:
         cut = await sup.find(key="cut")
         with pytest.raises(GapError) as caught:
-            cut.subscribe(Cursor(1, 5))
-        assert (caught.value.epoch, caught.value.tail_seq) == (2, 4)
-        with cut.subscribe(Cursor(1, 3)) as events:
+            cut.subscribe(Cursor(1, 6))
+        assert (caught.value.epoch, caught.value.tail_seq) == (2, 5)
+        with cut.subscribe(Cursor(1, 4)) as events:
             assert [event.kind async for event in events] == ["outcome"]
 
 
