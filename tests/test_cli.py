@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import attrs
 import pytest
 
 from supervisor.cli import Exit, main
-from supervisor.cli.parser import TOKEN_VARIABLE, URL_VARIABLE
+from supervisor.cli.parser import TOKEN_VARIABLE, URL_VARIABLE, build_parser
 from supervisor.control import ControlClient
 from supervisor.testing.upstream import Script
 from tests.e2e.processes import (
@@ -141,9 +142,45 @@ def test_start_takes_requests(shell: Shell, tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        "sim hello --model sim/ok --label a=b",
+        "sim --model sim/ok hello --label a=b",
+        "sim --model sim/ok --label a=b hello",
+        "--model sim/ok sim hello --label a=b",
+        "--model sim/ok sim --label a=b hello",
+        "--model sim/ok --label a=b sim hello",
+        "--model sim/ok --label a=b -- sim hello",
+    ],
+)
+def test_any_order(line: str) -> None:
+    """PROMPT may stand anywhere among the options."""
+    options = build_parser().parse_args(["start", *line.split()])
+    assert (options.upstream, options.prompt, options.model) == ("sim", "hello", "sim/ok")
+    assert options.labels == [("a", "b")]
+
+
+def test_the_first_command_of_the_readme() -> None:
+    """What the README says to type is understood, word for word."""
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text("utf-8")
+    lines = re.findall(r"^stream-supervisor (start .*)$", readme, re.MULTILINE)
+    assert lines
+    for line in lines:
+        options = build_parser().parse_args(shlex.split(line, comments=True))
+        assert options.upstream
+        assert options.prompt
+        assert options.model
+
+
+@pytest.mark.parametrize(
     ("argv", "said"),
     [
         (["start", "sim"], "PROMPT"),
+        (["start", "sim", "--model", "m", "hello", "twice"], "twice"),
+        (["start", "sim", "--request", "{}", "hello"], "not allowed"),
+        (["start", "--model", "m"], "UPSTREAM"),
+        (["watch", "x", "--key", "k"], "not allowed"),
+        (["cancel", "--key", "k", "x"], "not allowed"),
         (["start", "sim", "hello"], "--model"),
         (["start", "sim", "hello", "--request", "{}"], "not allowed"),
         (["start", "sim", "--request", "{"], "not JSON"),

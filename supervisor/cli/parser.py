@@ -43,6 +43,33 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+class _Command(argparse.ArgumentParser):
+    """A command's parser, which takes options and positional arguments in any order.
+
+    argparse gives all positional arguments their values as soon as it meets the first of them: an optional PROMPT would
+    get its default before an option, and what follows the option would be left over. Here options are read first, and
+    then, from what is left, the positional arguments.
+    """
+
+    either: tuple[str, str] | None = None
+    """A positional argument and an option of which one at most may be given, by their `dest`; argparse's own groups
+    cannot have positional arguments where these are read by themselves."""
+    _options_first = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._options_first:  # called back by what is called below
+            return super().parse_known_args(args, namespace)
+        self._options_first = True
+        try:
+            options, rest = self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._options_first = False
+        if self.either is not None and all(getattr(options, name) is not None for name in self.either):
+            argument, option = self.either
+            self.error(f"argument --{option}: not allowed with argument {argument.upper()}")
+        return options, rest
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line; `options.run(options)` carries the command out."""
     codes = "\n".join(f"  {int(code):>3}  {meaning}" for code, meaning in EXIT_TABLE.items())
@@ -58,7 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=_Command
+    )
     _add_daemon(commands)
     _add_streams(commands)
     _add_control(commands)
@@ -66,8 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(commands: Any, name: str, where: str, about: str, **options: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
+def _add(commands: Any, name: str, where: str, about: str, **options: Any) -> _Command:
+    parser: _Command = commands.add_parser(
         name, help=about, description=about[0].upper() + about[1:] + ".", allow_abbrev=False, **options
     )
     parser.add_argument("--json", action="store_true", help="print JSON: one object a line")
@@ -75,7 +104,7 @@ def _add(commands: Any, name: str, where: str, about: str, **options: Any) -> ar
     return parser
 
 
-def _client(commands: Any, name: str, where: str, about: str, **options: Any) -> argparse.ArgumentParser:
+def _client(commands: Any, name: str, where: str, about: str, **options: Any) -> _Command:
     parser = _add(commands, name, where, about, **options)
     group = parser.add_argument_group("the daemon")
     group.add_argument("--url", metavar="URL", help=f"default: ${URL_VARIABLE}, or {DEFAULT_URL}")
@@ -139,11 +168,13 @@ def _config_option(parser: argparse.ArgumentParser) -> None:
 def _add_streams(commands: Any) -> None:
     start = _client(commands, "start", "following:start", "start a stream and follow its text")
     start.add_argument("upstream", metavar="UPSTREAM")
-    what = start.add_mutually_exclusive_group()
-    what.add_argument("prompt", nargs="?", metavar="PROMPT", help="a user's message; needs --model")
-    what.add_argument(
-        "--request", metavar="JSON|@FILE|-", help="the body for the provider; -: from standard input"
+    start.add_argument("prompt", nargs="?", metavar="PROMPT", help="a user's message; needs --model")
+    start.add_argument(
+        "--request",
+        metavar="JSON|@FILE|-",
+        help="in place of PROMPT: the body for the provider; -: from standard input",
     )
+    start.either = "prompt", "request"
     start.add_argument("--model", help="the model; wins over the one in --request")
     start.add_argument("--key", help="your name for this work: starting it again joins it")
     start.add_argument("--on-conflict", choices=("attach", "reject", "replace"), default="attach")
@@ -260,10 +291,10 @@ def _add_tools(commands: Any) -> None:
     demo.add_argument("--plain", action="store_true", help="no live table")
 
 
-def _selector(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("id", nargs="?", metavar="ID")
-    group.add_argument("--key")
+def _selector(parser: _Command) -> None:
+    parser.add_argument("id", nargs="?", metavar="ID")
+    parser.add_argument("--key", help="the stream with this key, in place of ID")
+    parser.either = "id", "key"
 
 
 def _interrupt_option(parser: argparse.ArgumentParser) -> None:
