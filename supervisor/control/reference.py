@@ -40,6 +40,11 @@ subprotocol `{SUBPROTOCOL}`. A client calls methods; the server answers and send
 parameters are given by name. What a client sends is read strictly, and an unknown field is refused; what a server sends may
 grow fields, and a client must ignore those it does not know. Fields marked *optional* may be left out.
 
+**Where.** The daemon listens at `ws://127.0.0.1:7433/`, or where `[control]` of its [configuration](configuration.md) says (`host`,
+`port`). `hello` is optional: a connection may begin with any method; it names the `actor` of the connection's cancels, which
+is `control` without it. Replies may come in another order than their requests, and notifications before a reply: match replies by
+`id`. Only the events of a subscription always follow the reply to its `stream.subscribe`.
+
 Times that end in `_s` are seconds; sizes that end in `_bytes` are bytes; absolute times are seconds since the Unix epoch.
 
 **Who may connect.** With a token configured: `Authorization: Bearer TOKEN`, compared in constant time; never in the URL, which
@@ -58,6 +63,16 @@ follows, the error or the notification `stream.gap` says what can still be read.
 **What is answered is settled.** `stream.start` is answered when the stream is recorded; `stream.get`, `stream.wait` and
 `stream.cancel` never show an ending that is not durable.
 """
+
+
+_TOLD: Mapping[str, Mapping[str, str]] = {
+    "StreamMessage": {
+        "age_s": "Live: since its start. Ended: from its start to its end.",
+        "idle_s": "Live: since its last event.",
+    },
+    "ReapedMessage": {"age_s": "Since its start.", "idle_s": "Since its last event."},
+}
+"""For fields that share a name but not a meaning."""
 
 
 def render() -> str:
@@ -105,7 +120,7 @@ def _type(title: str, kind: type[msgspec.Struct], used: dict[str, type[msgspec.S
     ]
     fields = msgspec.structs.fields(kind)
     if fields:
-        said = _attribute_docs(kind)
+        said = {**_TOLD.get(kind.__name__, {}), **_attribute_docs(kind)}
         lines += ["", "| field | type | default | |", "|---|---|---|---|"]
         for field in fields:
             shown = _shown(field.type, used)
