@@ -15,13 +15,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import attrs
 import pytest
 import trio
 from trio.testing import MockClock
 
 import supervisor
 from supervisor import open_supervisor
-from supervisor.streams import diagram
+from supervisor.dialects import Snapshot
+from supervisor.stores import Event
+from supervisor.streams import Outcome, diagram
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -91,6 +94,18 @@ def _run(code: str, namespace: dict[str, Any], *, real_time: bool) -> str:
 
         trio.run(inside, clock=None if real_time else MockClock(autojump_threshold=0))
     return printed.getvalue()
+
+
+def test_the_embedding_guide_names_every_field():
+    """Its tables of Event, Outcome and Snapshot leave out no field and invent none."""
+    page = (ROOT / "docs" / "embedding.md").read_text("utf-8")
+    for start, fields in (
+        ("| field | |", set(Event.__struct_fields__)),
+        ("| field of `Outcome` | |", {field.name for field in attrs.fields(Outcome)} | {"duration_s"}),
+        ("| field of `Snapshot` | |", {field.name for field in attrs.fields(Snapshot)}),
+    ):
+        rows = page.partition(start)[2].partition("\n\n")[0].splitlines()[2:]
+        assert {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])} == fields
 
 
 # --- what is generated -----------------------------------------------------------------------------------------------
