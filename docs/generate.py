@@ -1,6 +1,6 @@
-"""Writes what the documentation says of limits, exit codes and the control channel, from the code that decides it.
+"""Writes what the documentation says of options, limits, exit codes and the control channel, from the code that decides it.
 
-    python docs/generate.py            # writes README.md and docs/limits.md anew
+    python docs/generate.py            # writes README.md, docs/limits.md and the tables of docs/configuration.md anew
     python docs/generate.py --check    # exits with 1 if a table is stale
 
 The control session in the README is a real one: this script runs the daemon and a simulated upstream, and writes down what
@@ -15,6 +15,7 @@ import inspect
 import json
 import re
 import sys
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ import attrs
 import trio
 import trio_websocket
 
+from supervisor import config as configuration
 from supervisor import daemon, streams
 from supervisor.cli.exits import EXIT_TABLE
-from supervisor.config import RetentionConfig, ShutdownConfig, parse
+from supervisor.config import Config, RetentionConfig, ShutdownConfig, parse
 from supervisor.control import SUBPROTOCOL, ClientLimits, ControlLimits, LinkLimits, SessionLimits
 from supervisor.dialects.reading import BodyReader
 from supervisor.stores import MemoryStore
@@ -37,6 +39,7 @@ from supervisor.upstream import RetryPolicy, StreamTransport, source, transport
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 LIMITS = ROOT / "docs" / "limits.md"
+CONFIGURATION = ROOT / "docs" / "configuration.md"
 
 # --- limits ----------------------------------------------------------------------------------------------------------
 
@@ -286,6 +289,128 @@ def _attribute_docstrings(kind: type) -> dict[str, str]:
     return found
 
 
+# --- the configuration -----------------------------------------------------------------------------------------------
+
+UPSTREAM_KEYS = {
+    "base_url": "Up to and with the version, as for the providers' SDKs: `https://api.openai.com/v1`. Required.",
+    "path": "What follows `base_url`; by default the dialect's own, `/chat/completions`.",
+    "dialect": "How its streams are read. Default: `openai-chat`.",
+    "api_key_env": "The environment variable that holds the key, read for each request.",
+    "api_key_file": "A file that holds the key alone, read for each request. Not beside `api_key_env`.",
+    "api_key_header": "The header that takes the key as it is. Default: `bearer`, which is `Authorization: Bearer …`.",
+    "proxy": "`http://[user:password@]host:port`, or `direct`. Default: what `HTTPS_PROXY` and the like say.",
+    "headers": "A table of headers sent with each request. Not for secrets.",
+    "deadlines": "A table with the keys of `[deadlines]`; what is left out is as there.",
+    "retry": "A table with the keys of `[retry]`; what is left out is as there.",
+}
+"""`[upstreams.NAME]`, whose keys are not the fields of one class."""
+
+TOLD_TABLES = {
+    "": "before the first table",
+    "control.limits": "what the control channel bounds",
+    "limits": "a supervisor and each of its streams",
+    "memory": "what the memory manager reaps, oldest stream first",
+    "deadlines": "the clocks of a stream; one that runs out ends it as `expired`",
+    "retry": "attempts before the first event",
+    "control.limits.link": "one connection",
+    "control.limits.session": "one client",
+}
+TOLD_OPTIONS = {
+    **TOLD,
+    **{f"StoreConfig.{name}": text for _, _, _, said in CALLABLES[:1] for name, text in said.items()},
+    "LogConfig.level": "The least that is logged.",
+    "StoreConfig.path": "A SQLite file, or `:memory:`. Default: `stream-supervisor/streams.db` in `$XDG_STATE_HOME` or `~/.local/state`.",
+    "StoreConfig.synchronous": "What a commit waits for; `FULL` also survives a crash of the machine.",
+}
+
+
+@attrs.frozen
+class Option:
+    """One key of the file."""
+
+    table: str
+    key: str
+    kind: str
+    default: str
+    told: str
+
+
+def options(kind: type = Config, table: str = "") -> Iterator[Option]:
+    """Yield every key of a table, then those of the tables in it, but not those of upstreams."""
+    told, hints = _attribute_docstrings(kind), typing.get_type_hints(kind)
+    inner: list[tuple[type, str]] = []
+    for field in attrs.fields(kind):
+        hint, name = hints[field.name], field.name
+        if kind is Config and name in {"upstreams", "source"}:
+            continue
+        if attrs.has(hint):
+            inner.append((hint, f"{table}.{name}".lstrip(".")))
+            continue
+        optional = type(None) in typing.get_args(hint)
+        described = configuration._described(  # noqa: SLF001  # as errors say it
+            next(arg for arg in typing.get_args(hint) if arg is not type(None)) if optional else hint
+        ).removeprefix("one of ")
+        said = TOLD_OPTIONS.get(f"{kind.__name__}.{name}") or told.get(name, "")
+        off = optional and described in {"a number", "a whole number"}
+        described = re.sub(r"'(\w+)'", r'`"\1"`', described)
+        yield Option(
+            table,
+            name,
+            described + (' or `"none"`' if off else ""),
+            _in_toml(name, field.default, off=off),
+            said,
+        )
+    for hint, within in inner:
+        yield from options(hint, within)
+
+
+def _in_toml(name: str, value: object, *, off: bool) -> str:
+    if value is None:
+        return '`"none"`' if off else "not set"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, str):
+        return f'`"{value}"`'
+    if isinstance(value, tuple | frozenset):
+        return f"`{json.dumps(sorted(value))}`"
+    plain = f"`{str(value).removesuffix('.0')}`"
+    read = shown(name, value)
+    return f"{plain} ({read})" if read.endswith(("iB", "days")) else plain
+
+
+def configuration_tables() -> str:
+    """Return the tables of docs/configuration.md."""
+    by_table: dict[str, list[Option]] = {}
+    for option in options():
+        by_table.setdefault(option.table, []).append(option)
+    docs = {
+        name: inspect.cleandoc(kind.__doc__ or "")
+        for name, kind in typing.get_type_hints(Config).items()
+        if attrs.has(kind)
+    }
+    lines: list[str] = []
+    for table, rows in by_table.items():
+        about = TOLD_TABLES.get(table) or docs[table].partition("`: ")[2].rstrip(".")
+        lines += [
+            f"### {f'`[{table}]`' if table else 'Top level'}: {about}",
+            "",
+            "| key | value | default | |",
+            "|---|---|---|---|",
+        ]
+        lines += [f"| `{row.key}` | {row.kind} | {row.default} | {row.told} |" for row in rows]
+        lines.append("")
+    lines += [
+        "### `[upstreams.NAME]`: a provider",
+        "",
+        "NAME is 1 to 64 letters, digits, `.`, `_` and `-`.",
+        "",
+        "| key | |",
+        "|---|---|",
+    ]
+    lines += [f"| `{key}` | {told} |" for key, told in UPSTREAM_KEYS.items()]
+    return "\n".join(lines)
+
+
 # --- the control session ---------------------------------------------------------------------------------------------
 
 _CONFIG = """
@@ -449,6 +574,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.check:
         stale = [name for name, text in tables() if block(readme, name) != text]
         stale += [] if LIMITS.read_text("utf-8") == limits_page() else ["docs/limits.md"]
+        page = CONFIGURATION.read_text("utf-8")
+        stale += [] if block(page, "tables") == configuration_tables() else ["docs/configuration.md"]
         stale += [] if shape(shown_session(readme)) == shape(said) else ["session"]
         print(f"stale: {', '.join(stale)}" if stale else "up to date")
         return int(bool(stale))
@@ -456,6 +583,7 @@ def main(argv: list[str] | None = None) -> int:
         readme = put(readme, name, text)
     README.write_text(put(readme, "session", f"```text\n{said}\n```"), "utf-8")
     LIMITS.write_text(limits_page(), "utf-8")
+    CONFIGURATION.write_text(put(CONFIGURATION.read_text("utf-8"), "tables", configuration_tables()), "utf-8")
     return 0
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ from trio.testing import MockClock
 
 import supervisor
 from supervisor import open_supervisor
+from supervisor.config import parse
 from supervisor.dialects import Snapshot
 from supervisor.stores import Event
 from supervisor.streams import Outcome, diagram
@@ -150,6 +152,31 @@ def test_every_limit_is_listed():
         for name in inspect.signature(kind).parameters:
             assert f"{kind.__name__}.{name}" in rows
     assert [name for name, row in rows.items() if not row.told] == []
+
+
+def test_the_configuration_example():
+    """The example file is accepted, and says what its comments say."""
+    page = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+    (example,) = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    config = parse(example)
+    openai, azure, local = config.upstreams
+    assert openai.deadlines == supervisor.Deadlines(first_event_s=300, idle_s=90, total_s=None)
+    assert (openai.retry.attempts, openai.retry.retry_after_max_s) == (3, 10)
+    assert azure.credential.header == "api-key"
+    assert local.url == "http://127.0.0.1:8000/v1/chat/completions"
+    assert config.retention.max_ended is None
+    used = {key for table in tomllib.loads(example)["upstreams"].values() for key in table}
+    assert used | {"dialect"} == set(supervisor.config._UPSTREAM_KEYS)
+
+
+def test_the_configuration_tables():
+    """Every key is on the page with its default and a meaning; `python docs/generate.py` writes them anew."""
+    generate = generator()
+    assert (
+        generate.block(generate.CONFIGURATION.read_text("utf-8"), "tables") == generate.configuration_tables()
+    )
+    assert [option for option in generate.options() if not option.told] == []
+    assert set(generate.UPSTREAM_KEYS) == set(supervisor.config._UPSTREAM_KEYS)
 
 
 async def test_the_control_session():
