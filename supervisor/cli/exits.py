@@ -21,14 +21,14 @@ class Exit(enum.IntEnum):
 
 
 EXIT_TABLE = {
-    Exit.OK: "done; of start and watch: the stream completed, or was detached from",
+    Exit.OK: "done; of start and watch: the stream completed, or was started with --detach",
     Exit.FAILURE: "failed: the daemon reported an error, or could not start; demo: an outcome was not as expected",
     Exit.USAGE: "wrong usage or configuration; replay: a file or dialect that is not there",
     Exit.UNREACHABLE: "the daemon cannot be reached, or does not accept the token",
     Exit.NOT_COMPLETED: "the stream ended, but not as completed: failed, cancelled or expired",
     Exit.UNKNOWN_STREAM: "no stream has this id or key",
     Exit.REFUSED: "not now: at the limit of live streams, draining, or the key is claimed",
-    Exit.INTERRUPTED: "interrupted by Ctrl-C; serve: aborted by a second SIGINT",
+    Exit.INTERRUPTED: "left by Ctrl-C; start and watch: detached, the stream goes on; serve: aborted by a second SIGINT",
 }
 """For `--help` and the documentation."""
 
