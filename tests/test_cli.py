@@ -217,11 +217,32 @@ def test_keys(shell: Shell) -> None:
     code, _, err = shell("start", "sim", "x", "--model", "sim/ok", "--key", "work", "--on-conflict", "reject")
     assert code == Exit.REFUSED
     assert first in err
+    assert re.search(r"\((pending|connecting|streaming)\)", err)
+    assert "--on-conflict attach" in err
+    assert "--on-conflict replace" in err
+    assert "on_conflict=" not in err
     second = shell.start("sim/endless", "--key", "work", "--on-conflict", "replace")
     assert first != second
     assert shell.daemon.ask(outcome_of(first)) == "cancelled(replaced)"
     assert shell.json("show", "--key", "work")[0]["stream"]["id"] == second
     assert shell.json("cancel", "--key", "work")[0]["outcome"] == "won"
+
+
+def test_joining_what_has_ended(shell: Shell) -> None:
+    """Who joins a stream that has ended is told so, and how to start anew; a live one is only joined."""
+    argv = ("start", "sim", "x", "--model", "sim/ok", "--key", "ended")
+    assert "joined" not in shell(*argv)[2]
+    code, out, err = shell(*argv)
+    assert (code, out) == (0, Script().expected_text())
+    assert ", which has ended as completed(stop); --on-conflict replace starts anew" in err
+    code, out, err = shell(*argv, "--detach")
+    assert ID.fullmatch(out.strip())
+    assert f"joined {out.strip()}, which has ended" in err
+    assert "joined" not in shell(*argv, "--on-conflict", "replace")[2]
+    live = ("start", "sim", "x", "--model", "sim/endless", "--key", "live", "--detach")
+    stream_id = shell(*live)[1].strip()
+    assert f"joined {stream_id}\n" == shell(*live)[2]
+    shell("cancel", stream_id)
 
 
 def test_on_detach(shell: Shell) -> None:
@@ -294,6 +315,7 @@ def test_list(shell: Shell) -> None:
     assert code == 0
     assert all(stream_id in out for stream_id in ids)
     assert "key-4" * 12 in out
+    assert "lasted" in out
     assert "\x1b" not in out
     pages = [shell.json("list", "--label", "kind=list", "--limit", "2")]
     while len(pages[-1]) == 2:

@@ -90,6 +90,12 @@ def _report(error: BaseException) -> int:
             message = f"{error.reason}; is the daemon running (stream-supervisor serve), and --url right?"
         code = Exit.UNREACHABLE
     elif isinstance(error, RequestError):
+        if error.kind == "key_conflict":
+            told = error.data
+            message = (
+                f"the key {told.get('key')!r} is claimed by stream {told.get('id')} ({told.get('state')}); "
+                f"--on-conflict attach joins it, --on-conflict replace ends it and starts anew"
+            )
         if error.retry_after_s is not None:
             message += f" (retry after {error.retry_after_s:g} s)"
         code = for_kind(error.kind)

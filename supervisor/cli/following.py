@@ -113,11 +113,22 @@ async def _start(client: ControlClient, options: argparse.Namespace) -> int:
         print_json({"kind": "started", **msgspec.to_builtins(started)})
     elif options.detach:
         print(started.id, flush=True)  # noqa: T201  # what --detach is for
+        if not started.created:
+            say(await _joined(client, started.id))
     else:
-        say(f"{'started' if started.created else 'joined'} {started.id}")
+        say(f"started {started.id}" if started.created else await _joined(client, started.id))
     if options.detach:
         return Exit.OK
     return await _follow(client, client.subscribe(started.id, view="text"), options)
+
+
+async def _joined(client: ControlClient, stream_id: str) -> str:
+    """Say that a stream was joined; and if it has ended, which may be unexpected, how to have a new one."""
+    outcome = (await client.get(stream_id)).outcome
+    if outcome is None:
+        return f"joined {stream_id}"
+    ended = f"{outcome['state']}({outcome['reason']})"
+    return f"joined {stream_id}, which has ended as {ended}; --on-conflict replace starts anew"
 
 
 def _on_detach(options: argparse.Namespace) -> OnDetachMessage:
