@@ -87,7 +87,7 @@ async def _show(client: ControlClient, options: argparse.Namespace) -> int:
                 "meta": stream.meta,
                 "started": moment(stream.created_at),
                 "ended": moment(stream.ended_at) or "-",
-                "age": duration(stream.age_s),
+                "lasted": duration(stream.age_s),
                 "attempts": stream.attempts,
                 "events": f"{stream.events} read, {stream.skipped} unreadable",
                 "journal": f"epoch {stream.epoch}, {stream.tail_seq} events, {stream.durable_seq} durable",

@@ -114,7 +114,7 @@ def fields_table(fields: Mapping[str, object]) -> Table:
 def streams_table(streams: Iterable[Any], *, after: str | None = None) -> Table:
     """Return the table of streams that `list` and `watch` show; `after` is the id of the next page, if there is one."""
     made = table(
-        ("id", "state", "reason", "upstream", "key", "age", "events", "tries", "readers", "labels"),
+        ("id", "state", "reason", "upstream", "key", "lasted", "events", "tries", "readers", "labels"),
         (
             (
                 stream.id,
