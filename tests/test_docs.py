@@ -14,7 +14,7 @@ import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import attrs
 import pytest
@@ -27,6 +27,9 @@ from supervisor.config import parse
 from supervisor.dialects import Snapshot
 from supervisor.stores import Event
 from supervisor.streams import Outcome, diagram
+from supervisor.testing import Script, SimulatedUpstream
+from supervisor.testing.upstream.script import PRESETS, FaultName
+from supervisor.upstream import RetryPolicy, StreamTransport, Upstream
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -184,6 +187,45 @@ async def test_the_control_session():
     generate = generator()
     shown = generate.shown_session(README.read_text("utf-8"))
     assert generate.shape(shown) == generate.shape(generate.transcript(await generate.session()))
+
+
+async def test_the_simulated_models_end_as_the_page_says():
+    """Every preset and fault is in the table, every row ends as it says, and every field that is listed exists."""
+    page = (ROOT / "docs" / "simulated-upstream.md").read_text("utf-8")
+    rows = re.findall(r"^\| (`sim/.*?) \| .* \| `(.*)` \|$", page, re.MULTILINE)
+    said = {model: ending for models, ending in rows for model in re.findall(r"`(sim/\S+)`", models)}
+    listed = {model.partition("?")[0].removeprefix("sim/") for model in said}
+    assert listed == {*PRESETS, *get_args(FaultName), "429", "500", "401"}
+    ended: dict[str, str] = {}
+    async with (
+        SimulatedUpstream() as provider,
+        contextlib.aclosing(StreamTransport()) as transport,
+        open_supervisor() as sup,
+    ):
+        upstream = Upstream(
+            name="simulated",
+            base_url=provider.base_url,
+            proxy="direct",
+            retry=RetryPolicy(wait_initial_s=0.01, wait_max_s=0.02),
+        )
+
+        async def run(model: str) -> None:
+            total_s = 0.5 if model == "sim/endless" else None
+            stream = await sup.start(
+                upstream.source({"model": model, "messages": []}, transport=transport),
+                deadlines=supervisor.Deadlines(first_event_s=4, idle_s=2, total_s=total_s),
+            )
+            outcome = await stream.wait()
+            ended[model] = f"{outcome.state.value}({outcome.reason})"
+
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                for model in said:
+                    nursery.start_soon(run, model)
+    assert ended == said
+    fields = page.partition("| field | default | |")[2].partition("\n\n")[0].splitlines()[2:]
+    names = {name for row in fields for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert names - {field.name for field in attrs.fields(Script)} == set()
 
 
 # --- what is named ---------------------------------------------------------------------------------------------------
