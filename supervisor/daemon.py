@@ -33,6 +33,7 @@ from supervisor.errors import ConfigurationError, StoreError
 from supervisor.logs import ReopeningHandler
 from supervisor.stores.base import Store
 from supervisor.streams import Supervisor, open_supervisor
+from supervisor.upstream.catalog import Upstream
 from supervisor.upstream.tls import shared_context
 from supervisor.upstream.transport import StreamTransport
 from supervisor.version import version
@@ -48,6 +49,13 @@ _PRUNE = 500
 _TELL_S = 2.0
 _LOOK_S = 0.01
 _WANTED_FILES = 65_536
+_SIMULATED = "simulated"
+_SIMULATED_ANSWER = (
+    "This answer is simulated: it was written in advance and comes a word at a time, "
+    "as a model's answer would, from within the daemon."
+)
+_SIMULATED_PACE_S = 0.05
+_SIMULATED_RECORDS = 100
 
 
 @attrs.frozen(kw_only=True)
@@ -98,14 +106,16 @@ async def run(
     environ: Mapping[str, str] | None = None,
     ready: Callable[[Ready], None] = lambda _: None,
     log: logging.Handler | None = None,
+    simulated: bool = False,
 ) -> int:
     """Run a daemon until it is told to end; return the exit code: 0, or `ABORTED` after a second SIGINT.
 
-    `ready` is called once clients can connect; `log` is reopened on SIGHUP. Raises ConfigurationError for what cannot be
+    `ready` is called once clients can connect; `log` is reopened on SIGHUP; `simulated` adds an upstream,
+    `simulated`, which this process serves on loopback. Raises ConfigurationError for what cannot be
     used, StoreError if the store cannot be opened, OSError if it cannot listen. A cancel ends it as an exception in
     `open_supervisor`'s block does: live streams are `cancelled(shutdown)`.
     """
-    daemon = _Daemon(config, os.environ if environ is None else environ, ready)
+    daemon = _Daemon(config, os.environ if environ is None else environ, ready, simulated=simulated)
     ending = daemon.ending
     try:
         with _receiving() as signals:
@@ -165,10 +175,22 @@ def _reopen(log: logging.Handler | None) -> None:
 class _Daemon:
     """One run."""
 
-    def __init__(self, config: Config, environ: Mapping[str, str], ready: Callable[[Ready], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        environ: Mapping[str, str],
+        ready: Callable[[Ready], None],
+        *,
+        simulated: bool,
+    ) -> None:
         self._config = config
+        self._simulated = simulated
         self._ready = ready
         self._upstreams = config.all_upstreams(environ)
+        if simulated and _SIMULATED in self._upstreams:
+            raise ConfigurationError(
+                "--simulated", True, f"no upstream of the name {_SIMULATED!r} in the configuration"
+            )
         self._token = config.control.token.read(environ)
         self._path = config.store.located(environ)
         self._store = config.store.open(environ)
@@ -184,6 +206,7 @@ class _Daemon:
         _raise_file_limit()
         config = self._config
         async with (
+            self._provider(),
             contextlib.aclosing(self._transport),
             open_supervisor(
                 store=self._store, limits=config.limits, deadlines=config.deadlines, memory=config.memory
@@ -210,6 +233,21 @@ class _Daemon:
             await _tell(server)
             nursery.cancel_scope.cancel(reason="all streams have settled")
 
+    @contextlib.asynccontextmanager
+    async def _provider(self) -> AsyncIterator[None]:
+        """Serve the simulated upstream for the length of a block, if there is to be one."""
+        if not self._simulated:
+            yield
+            return
+        from supervisor.testing.upstream import Script, SimulatedUpstream  # noqa: PLC0415  # only for who asks for it
+
+        script = Script(text=_SIMULATED_ANSWER, interval_s=_SIMULATED_PACE_S)
+        async with SimulatedUpstream(default=script, max_records=_SIMULATED_RECORDS) as provider:
+            self._upstreams[_SIMULATED] = Upstream(
+                name=_SIMULATED, base_url=provider.base_url, proxy="direct", retry=self._config.retry
+            )
+            yield
+
     def _announce(self, port: int) -> None:
         host = self._config.control.host
         ready = Ready(
@@ -226,6 +264,11 @@ class _Daemon:
             ready.store,
             ", ".join(ready.upstreams) or "none",
         )
+        if not self._upstreams:
+            _log.warning(
+                "no upstream is configured, so nothing can be started: set OPENAI_API_KEY in the environment, or give "
+                "--config FILE with a table [upstreams.NAME], or try --simulated, which needs no key"
+            )
         self._ready(ready)
 
     async def _wind_down(self, supervisor: Supervisor) -> None:

@@ -22,11 +22,13 @@ from tests.e2e.processes import (
     STOP_S,
     TOKEN,
     WAIT_S,
+    Daemon,
     daemon,
     environment,
     outcome_of,
     simulated_upstream,
     start_stream,
+    wait_events,
     wait_for_text,
 )
 
@@ -201,6 +203,71 @@ def test_credentials_are_looked_for_at_start(tmp_path: Path, upstream: str) -> N
             await client.start("sim", {"model": "sim/ok"})
 
         process.ask(ask)
+
+
+def test_a_simulated_upstream(tmp_path: Path) -> None:
+    """`serve --simulated` needs no key: its upstream answers at a pace; a configured one of its name is refused."""
+    errors = tmp_path / "daemon.log"
+    command = [sys.executable, "-m", "supervisor.cli", "serve", "--simulated", "--json", "--port", "0"]
+    process = Daemon([*command, "--store", ":memory:", "--grace", "0"], env=environment(), errors=errors)
+    try:
+        assert process.said["upstreams"] == ["simulated"]
+        for model, text in (
+            ("sim/paced", Script(tokens=100).expected_text()),
+            ("any", "This answer is simulated"),
+        ):
+            client = [sys.executable, "-m", "supervisor.cli", "start", "simulated", "--model", model, "Hello"]
+            done = subprocess.run(
+                [*client, "--url", process.url],
+                env=environment(),
+                capture_output=True,
+                text=True,
+                timeout=STOP_S,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.startswith(text)
+            assert "completed(stop)" in done.stderr
+
+        async def leave_one_live(client: ControlClient) -> None:
+            started = await client.start("simulated", {"model": "sim/endless"})
+            await wait_events(client, started.id, 1)
+
+        process.ask(leave_one_live, token=None)
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0
+    finally:
+        process.end()
+    assert "no upstream is configured" not in errors.read_text()
+    config = tmp_path / "taken.toml"
+    config.write_text('[upstreams.simulated]\nbase_url = "http://127.0.0.1:1/v1"\n')
+    done = serve("--simulated", "--config", str(config), "--store", ":memory:", "--port", "0")
+    assert done.returncode == 2
+    assert "--simulated" in done.stderr
+
+
+def test_without_an_upstream(tmp_path: Path) -> None:
+    """A daemon that can start nothing says so, and what to do about it."""
+    errors = tmp_path / "daemon.log"
+    command = [
+        sys.executable,
+        "-m",
+        "supervisor.cli",
+        "serve",
+        "--json",
+        "--port",
+        "0",
+        "--store",
+        ":memory:",
+    ]
+    process = Daemon(command, env=environment(), errors=errors)
+    try:
+        (line,) = [line for line in errors.read_text().splitlines() if "no upstream is configured" in line]
+    finally:
+        process.end()
+    assert "WARNING" in line.upper()
+    for way in ("OPENAI_API_KEY", "--config", "[upstreams.", "--simulated"):
+        assert way in line
 
 
 def test_retention(tmp_path: Path, upstream: str) -> None:

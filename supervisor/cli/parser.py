@@ -134,6 +134,12 @@ def _add_daemon(commands: Any) -> None:
         "--host", help="the address to listen on (127.0.0.1); beyond loopback only with a token"
     )
     serve.add_argument("--port", type=int, help="the port (7433); 0: any free one")
+    serve.add_argument(
+        "--simulated",
+        action="store_true",
+        help="also offer an upstream `simulated`, which is served here and needs no key; try it with: "
+        'start simulated --model sim/paced "Hello"',
+    )
     serve.add_argument("--store", metavar="PATH", help="the SQLite file, or :memory:")
     serve.add_argument(
         "--token-file", type=Path, metavar="FILE", help="a file that holds the bearer token clients need"

@@ -45,7 +45,7 @@ def serve(options: argparse.Namespace) -> int:
                     else:
                         print(f"stream-supervisor is listening on {state.url}", flush=True)  # noqa: T201  # the ready line
 
-            return run_reporting(lambda: run(config, ready=ready, log=handler))
+            return run_reporting(lambda: run(config, ready=ready, log=handler, simulated=options.simulated))
     except ConfigurationError as error:
         complain(str(error))
         return Exit.USAGE
