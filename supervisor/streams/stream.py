@@ -420,9 +420,8 @@ class Stream:
     def _source_returned(self) -> Verdict:
         if self._marked is not None:
             return Verdict(state=State.COMPLETED, reason=self._marked)
-        if self._spec.dialect == "native" or self._supervisor.dialect(self.dialect).framing == "none":
-            finish_reason = self._fold.snapshot().finish_reason
-            return Verdict(state=State.COMPLETED, reason=finish_reason or "done")
+        if self._supervisor.dialect(self.dialect).framing == "none":
+            return Verdict(state=State.COMPLETED, reason=self._fold.finish_reason or "done")
         fault = Fault(kind="truncated", message="the source ended without the answer's terminal marker")
         return Verdict(state=State.FAILED, reason="truncated", message=fault.message, fault=fault)
 
@@ -643,10 +642,6 @@ class Stream:
     def started(self) -> float:
         """When it was started, in trio's clock."""
         return self._started
-
-    def spec(self) -> StreamSpec:
-        """Return what the stream was asked to be."""
-        return self._spec
 
     def arm_first_clocks(self) -> None:
         """Start the clocks that run from the start: total, and the grace until the first reader."""
