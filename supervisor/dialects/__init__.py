@@ -3,7 +3,6 @@
 from supervisor.dialects.base import (
     Choice,
     Delta,
-    Dialect,
     Fault,
     FaultKind,
     Reader,
@@ -14,6 +13,7 @@ from supervisor.dialects.base import (
     Usage,
 )
 from supervisor.dialects.catalog import BUILTIN, find
+from supervisor.dialects.dialect import Asking, Call, Dialect, Endings, Progress
 from supervisor.dialects.fold import Fold
 from supervisor.dialects.native import NATIVE
 from supervisor.dialects.openai_chat import OPENAI_CHAT
@@ -23,13 +23,17 @@ __all__ = [
     "BUILTIN",
     "NATIVE",
     "OPENAI_CHAT",
+    "Asking",
     "BodyReader",
+    "Call",
     "Choice",
     "Delta",
     "Dialect",
+    "Endings",
     "Fault",
     "FaultKind",
     "Fold",
+    "Progress",
     "Reader",
     "Sink",
     "Snapshot",

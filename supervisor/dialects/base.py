@@ -1,4 +1,4 @@
-"""The words in which every provider's stream is told, and the protocol a dialect implements.
+"""The words in which every provider's stream is told, and the protocol of what reads it.
 
 A dialect turns one wire event into deltas. It never decides how the stream ends; it says what the event *means*
 (`Delta.finish_reason`, `Delta.terminal`, `Delta.fault`) and, at the end of the body, whether what was seen is an ended
@@ -15,7 +15,6 @@ import msgspec
 __all__ = [
     "Choice",
     "Delta",
-    "Dialect",
     "Fault",
     "FaultKind",
     "Reader",
@@ -151,26 +150,4 @@ class Reader(Protocol):
 
         Asked when the body ends, the connection is lost or a clock runs out: None makes that a truncation.
         """
-        ...
-
-
-class Dialect(Protocol):
-    """How one provider's stream is read. Stateless; shared by all streams that speak it."""
-
-    @property
-    def name(self) -> str:
-        """The name used in configuration, records and messages, such as `openai-chat`."""
-        ...
-
-    @property
-    def framing(self) -> Literal["sse", "ndjson", "json-array", "none"]:
-        """How events are cut out of the body. `none`: events do not come from a body (an embedding program's source)."""
-        ...
-
-    def reader(self) -> Reader:
-        """Return a new reader for one response body."""
-        ...
-
-    def fault(self, status: int, body: bytes) -> Fault:
-        """Read an HTTP error response (or a JSON body in place of a stream): the provider's message, never a guess."""
         ...

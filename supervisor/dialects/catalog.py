@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from supervisor.dialects.base import Dialect
+from supervisor.dialects.dialect import Dialect
 from supervisor.dialects.native import NATIVE
 from supervisor.dialects.openai_chat import OPENAI_CHAT
 from supervisor.errors import ConfigurationError

@@ -8,12 +8,12 @@ may journal records of its own shape; the rest of it is the program's business.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-import attrs
 import msgspec
 
-from supervisor.dialects.base import Delta, Dialect, Fault, Reader, UnparseableError
+from supervisor.dialects.base import Delta, Fault, UnparseableError
+from supervisor.dialects.dialect import Asking, Dialect, Endings
 from supervisor.errors import ConfigurationError
 
 __all__ = ["NATIVE", "encode"]
@@ -96,22 +96,22 @@ class _NativeReader:
         return self._reason
 
 
-@attrs.frozen
-class _Native:
-    name: str = "native"
-    framing: Literal["sse", "ndjson", "json-array", "none"] = "none"
-
-    def reader(self) -> Reader:
-        """Return a new reader."""
-        return _NativeReader()
-
-    def fault(self, status: int, body: bytes) -> Fault:
-        """Say that an HTTP response makes no sense here: there is no HTTP."""
-        return Fault(
-            kind="protocol",
-            message=f"a native source has no HTTP response, but one came ({len(body)} bytes)",
-            status=status,
-        )
+def _fault(status: int, body: bytes) -> Fault:
+    """Say that an HTTP response makes no sense here: there is no HTTP."""
+    message = f"a native source has no HTTP response, but one came ({len(body)} bytes)"
+    return Fault(kind="protocol", message=message, status=status)
 
 
-NATIVE: Final[Dialect] = _Native()
+NATIVE: Final = Dialect(
+    name="native",
+    framing="none",
+    reader=_NativeReader,
+    fault=_fault,
+    endings=Endings(
+        well="the source returns, calls `finish`, or sends a delta with `finish_reason` and then returns",
+        errors=("an exception from the source: failed(`source_error`)",),
+        truncated="never: a source that returns has ended",
+    ),
+    asking=Asking(estimate=False),
+    usage_rule="as the source states it",
+)

@@ -22,12 +22,12 @@ choice seen has a finish reason. An event that carries an error is that error an
 from __future__ import annotations
 
 import json
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
-import attrs
 import msgspec
 
-from supervisor.dialects.base import Delta, Dialect, Fault, Reader, UnparseableError, Usage
+from supervisor.dialects.base import Delta, Fault, UnparseableError, Usage
+from supervisor.dialects.dialect import Asking, Dialect, Endings
 from supervisor.dialects.faults import error_fault, find_fault, http_fault, shown
 from supervisor.dialects.tool_calls import MAX_CALLS, CallBudget, CallPiece, CallSorter
 
@@ -564,18 +564,25 @@ def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and 0 <= value < 1 << 53 else None
 
 
-@attrs.frozen
-class _OpenAIChat:
-    name: str = "openai-chat"
-    framing: Literal["sse", "ndjson", "json-array", "none"] = "sse"
-
-    def reader(self) -> Reader:
-        """Return a new reader for one response body."""
-        return _ChatReader()
-
-    def fault(self, status: int, body: bytes) -> Fault:
-        """Read an HTTP error response."""
-        return http_fault(status, body)
-
-
-OPENAI_CHAT: Final[Dialect] = _OpenAIChat()
+OPENAI_CHAT: Final = Dialect(
+    name="openai-chat",
+    framing="sse",
+    reader=_ChatReader,
+    fault=http_fault,
+    endings=Endings(
+        markers=("[DONE]",),
+        well="`[DONE]`; or, without it, a finish reason for every choice seen and then the end of the body",
+        incomplete={
+            "length": "the limit of tokens was reached",
+            "content_filter": "the provider's filter cut the answer off",
+        },
+        errors=(
+            "an `error` in a chunk, also after a finish reason, in a choice or in `x_groq`",
+            "an event named `error`",
+            "a finish reason `error` or `insufficient_system_resource`",
+        ),
+    ),
+    asking=Asking(path="/chat/completions"),
+    abort_stops_billing=True,
+    usage_rule="with `stream_options.include_usage`, in a chunk of its own before `[DONE]`; on every chunk it is a running total",
+)

@@ -26,7 +26,8 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from supervisor.dialects.base import Delta, Dialect, Fault, UnparseableError
+from supervisor.dialects.base import Delta, Fault, UnparseableError
+from supervisor.dialects.dialect import Dialect
 from supervisor.dialects.faults import error_fault, find_fault, shown
 from supervisor.errors import ConfigurationError, RemoteProtocolError
 from supervisor.wire.event import WireEvent

@@ -62,7 +62,7 @@ from supervisor import (
     Usage,
     open_supervisor,
 )
-from supervisor.dialects import Dialect, Reader, UnparseableError
+from supervisor.dialects import Dialect, UnparseableError
 from supervisor.upstream import Credential, HttpSource, RetryPolicy, StreamTransport, Upstream, discover
 
 # --- sources ---------------------------------------------------------------------------------------------------------
@@ -124,18 +124,12 @@ class MyReader:
         return None
 
 
-class MyDialect:
-    name = "mine"
-    framing: Literal["sse", "ndjson", "json-array", "none"] = "none"
-
-    def reader(self) -> Reader:
-        return MyReader()
-
-    def fault(self, status: int, body: bytes) -> Fault:
-        return Fault(kind="server", message=body.decode(), status=status)
+def my_fault(status: int, body: bytes) -> Fault:
+    return Fault(kind="server", message=body.decode(), status=status)
 
 
-dialect: Dialect = MyDialect()
+dialect = Dialect(name="mine", framing="none", reader=MyReader, fault=my_fault)
+plain_dialect: Dialect = Dialect(name="plain", framing="sse", reader=MyReader)
 
 
 # --- a supervisor ----------------------------------------------------------------------------------------------------
