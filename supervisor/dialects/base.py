@@ -52,6 +52,21 @@ class Usage(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     reasoning: int | None = None
     cached: int | None = None
 
+    def plus(self, other: Usage | None) -> Usage:
+        """Return what two requests used together; what only one of them stated counts."""
+        if other is None:
+            return self
+        return Usage(
+            _sum(self.input, other.input),
+            _sum(self.output, other.output),
+            _sum(self.reasoning, other.reasoning),
+            _sum(self.cached, other.cached),
+        )
+
+
+def _sum(one: int | None, other: int | None) -> int | None:
+    return other if one is None else one if other is None else one + other
+
 
 class Fault(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """What went wrong, in the provider's own words where it gave any."""
@@ -91,6 +106,8 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
     """The dialect's unconditional end marker (such as `[DONE]`): nothing that follows belongs to the answer."""
     fault: Fault | None = None
     """The provider reports an error inside the stream."""
+    restated: bool = False
+    """The event tells again what others may have told in pieces: only those before it say whether its text is new."""
 
 
 @attrs.frozen
@@ -133,6 +150,8 @@ class Snapshot:
     response_id: str | None = None
     epoch: int = 1
     seq: int = 0
+    joined_at: tuple[int, ...] = ()
+    """Where in `text` (in characters) another attempt went on from what the one before it had left."""
 
 
 class Reader(Protocol):

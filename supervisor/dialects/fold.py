@@ -9,8 +9,11 @@ What the fields mean when they come again:
 
 - text, reasoning, refusal and a tool call's arguments are appended;
 - a tool call's id and name replace what was there (a reader that gets a name in pieces gives the whole so far);
-- a finish reason and a usage replace the earlier one whole; usages are never summed, because providers that send
-  several send running totals.
+- a finish reason and a usage replace the earlier one whole; the usages of one response are never summed, because
+  providers that send several send running totals.
+
+An answer may take several requests. `go_on` joins what follows to what there is, `reset` withdraws what there is; either way
+what the earlier request used was used, and its usage is added to that of the next.
 """
 
 from __future__ import annotations
@@ -55,6 +58,10 @@ class _Text:
             self._blocks = blocks = ["".join(blocks)]
         return blocks[0]
 
+    def replace(self, text: str) -> None:
+        self._pieces.clear()
+        self._blocks = [text] if text else []
+
 
 class _Call:
     __slots__ = ("arguments", "id", "name")
@@ -98,12 +105,14 @@ class Fold:
     `nbytes` is what it holds: the UTF-8 length of its texts and a fixed overhead for each choice and tool call.
     """
 
-    __slots__ = ("_choices", "_model", "_response_id", "_usage", "nbytes")
+    __slots__ = ("_choices", "_joined_at", "_model", "_response_id", "_spent", "_usage", "nbytes")
 
     def __init__(self) -> None:
         self.nbytes = 0
         self._choices: dict[int, _Choice] = {}
         self._usage: Usage | None = None
+        self._spent: Usage | None = None
+        self._joined_at: tuple[int, ...] = ()
         self._model: str | None = None
         self._response_id: str | None = None
 
@@ -112,8 +121,8 @@ class Fold:
 
     @property
     def usage(self) -> Usage | None:
-        """The last usage stated."""
-        return self._usage
+        """The last usage stated, with what the requests before this one used."""
+        return self._spent if self._usage is None else self._usage.plus(self._spent)
 
     @property
     def finish_reason(self) -> str | None:
@@ -121,11 +130,36 @@ class Fold:
         first = self._choices.get(0)
         return None if first is None else first.finish_reason
 
+    @property
+    def response_id(self) -> str | None:
+        """The provider's id of the response."""
+        return self._response_id
+
+    @property
+    def joined_at(self) -> tuple[int, ...]:
+        """Where in the text of choice 0, in characters, another request went on."""
+        return self._joined_at
+
     def reset(self) -> None:
-        """Forget everything: the next delta begins a new epoch."""
+        """Withdraw the answer so far: the next delta begins another one. What was used stays used."""
         self.nbytes = 0
         self._choices = {}
-        self._usage = self._model = self._response_id = None
+        self._spent, self._usage = self.usage, None
+        self._model = self._response_id = None
+        self._joined_at = ()
+
+    def go_on(self, *, dropped: int = 0) -> None:
+        """Let the next delta, of another request, go on from the text of choice 0 without its last `dropped` characters."""
+        self._spent, self._usage = self.usage, None
+        self._model = self._response_id = None
+        first = self._choices.get(0)
+        text = "" if first is None else first.text.joined()
+        if first is not None and dropped:
+            kept = text[: len(text) - dropped]
+            self.nbytes -= _utf8_length(text) - _utf8_length(kept)
+            first.text.replace(kept)
+            text = kept
+        self._joined_at += (len(text),)
 
     def apply(self, delta: Delta) -> None:
         """Add one delta. O(1) amortised, whatever came before."""
@@ -162,11 +196,12 @@ class Fold:
         if not choices or choices[0].index != 0:
             return Snapshot(
                 choices=choices,
-                usage=self._usage,
+                usage=self.usage,
                 model=self._model,
                 response_id=self._response_id,
                 epoch=epoch,
                 seq=seq,
+                joined_at=self._joined_at,
             )
         first = choices[0]
         return Snapshot(
@@ -176,11 +211,12 @@ class Fold:
             tool_calls=first.tool_calls,
             finish_reason=first.finish_reason,
             choices=choices,
-            usage=self._usage,
+            usage=self.usage,
             model=self._model,
             response_id=self._response_id,
             epoch=epoch,
             seq=seq,
+            joined_at=self._joined_at,
         )
 
     def _open(self, delta: Delta) -> _Choice:

@@ -30,9 +30,10 @@ import attrs
 import msgspec
 import trio
 
-from supervisor.dialects import Dialect, UnparseableError
+from supervisor.dialects import Dialect
 from supervisor.errors import ConfigurationError, GapError, StoreError, StreamSealedError
 from supervisor.stores.base import EVENT_OVERHEAD_BYTES, Event, Store
+from supervisor.streams.attempts import Texts
 
 __all__ = ["Cursor", "Journal"]
 
@@ -40,6 +41,7 @@ Waker = Callable[[], None]
 
 _log = logging.getLogger("supervisor.streams")
 _RETRY_S = 1.0
+_PAGE = 1024
 
 
 @attrs.frozen(order=True)
@@ -158,8 +160,12 @@ class Journal:
         return True
 
     def new_epoch(self) -> None:
-        """Start a new epoch with the next event: the history before it has been replaced."""
-        self.epoch += 1
+        """Start a new epoch with the next event: the history before it has been replaced.
+
+        Epochs that begin in a running stream are odd. A crash may lose one together with its first events, although readers
+        have seen them; recovery begins an even one, so that a cursor of the lost epoch is never taken for one of its own.
+        """
+        self.epoch += 2
         self.epoch_starts += ((self.epoch, self.tail_seq + 1),)
 
     def seal(self) -> None:
@@ -254,8 +260,9 @@ class Journal:
         """Raise GapError unless the cursor's position is part of this history."""
         reached = self.visible_seq
         for epoch, first in self.epoch_starts:
-            if epoch == cursor.epoch + 1:
+            if epoch > cursor.epoch:
                 reached = min(reached, first - 1)
+                break
         if not (1 <= cursor.epoch <= self.epoch and 0 <= cursor.seq <= reached):
             raise self._gap(cursor, earliest=1)
 
@@ -281,7 +288,31 @@ class Journal:
             if again:
                 return again
             raise self._gap(cursor, earliest=events[0].seq if events else self._first)
-        return events if self._dialect is None else _with_text(events, self._dialect)
+        return events if self._dialect is None else await self._with_text(events, self._dialect)
+
+    async def _with_text(self, events: Sequence[Event], dialect: Dialect) -> list[Event]:
+        """Derive again what `Event.text` said when the event was new.
+
+        What a reader keeps between events is not text, with one exception: an event that restates text is new only where
+        nothing told it before. So if there is one, and the page does not begin with its attempt, the journal is read from
+        the start.
+        """
+        texts = Texts(dialect, whole=events[0].seq == 1)
+        told = [texts.of(event) for event in events]
+        if texts.doubtful:
+            texts, seq, before = Texts(dialect, whole=True), 0, events[0].seq - 1
+            while seq < before:
+                page = await self._store.read(self.stream_id, after_seq=seq, limit=min(_PAGE, before - seq))
+                if not page:  # the beginning is gone: an event that restates is then all that is left of what it restates
+                    break
+                for event in page:
+                    texts.of(event)
+                seq = page[-1].seq
+            told = [texts.of(event) for event in events]
+        return [
+            event if text == event.text else msgspec.structs.replace(event, text=text)
+            for event, text in zip(events, told, strict=True)
+        ]
 
     def add_waker(self, waker: Waker) -> None:
         """Call `waker` whenever something new may be visible. It must be quick and must not raise."""
@@ -310,19 +341,3 @@ class Journal:
             earliest_seq=earliest,
             tail_seq=self.visible_seq,
         )
-
-
-def _with_text(events: Sequence[Event], dialect: Dialect) -> list[Event]:
-    """Derive again what `Event.text` said when the event was new. What a reader keeps between events is not text."""
-    reader = dialect.reader()
-    told = []
-    for event in events:
-        text = event.text
-        if event.kind == "data" and not text:
-            try:
-                deltas = reader.read(event.payload, event.name or "message")
-            except UnparseableError:  # it could be read once, after events that this page does not hold
-                deltas = ()
-            text = "".join(delta.text for delta in deltas if not delta.choice)
-        told.append(event if text == event.text else msgspec.structs.replace(event, text=text))
-    return told

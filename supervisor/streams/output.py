@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import msgspec
 import trio
 
-from supervisor.dialects import Delta, Fault
+from supervisor.dialects import Delta, Fault, Snapshot, Usage
 from supervisor.dialects.native import encode
 from supervisor.errors import ConfigurationError
+from supervisor.streams.attempts import Rung, climb, decode_attempt
 from supervisor.streams.lifecycle import State, Verdict
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class Output:
     """
 
     __slots__ = (
+        "_begun",
         "_clocks",
         "_fold",
         "_journal",
@@ -58,6 +61,7 @@ class Output:
         self._max_event_bytes = stream._max_event_bytes  # noqa: SLF001
         self._undurable = stream._undurable  # noqa: SLF001
         self._streaming = False
+        self._begun = False  # whether this epoch has anything of the upstream in it
         self.id = stream.id
         self.nursery = nursery
         """The stream's own nursery, for the source's helpers: they end with the stream."""
@@ -104,13 +108,44 @@ class Output:
 
     # --- a source that reads a wire ----------------------------------------------------------------------------------
 
-    def attempt(self, number: int, *, cause: str | None = None, delay_s: float = 0.0, **details: Any) -> None:
-        """Journal the start of an attempt; its connect clock starts. `details` are JSON values."""
-        record = {"attempt": number, "cause": cause, "delay_s": delay_s, **details}
-        self._journal.add(time.time(), "attempt", msgspec.json.encode(record))
-        self._stream._attempts = number  # noqa: SLF001
+    def attempt(
+        self,
+        number: int,
+        *,
+        cause: str | None = None,
+        delay_s: float = 0.0,
+        rung: Rung | None = None,
+        dropped: int = 0,
+        **details: Any,
+    ) -> None:
+        """Journal the start of an attempt; its connect clock starts. `details` are JSON values.
+
+        `rung` says what becomes of what the attempts before it received: see `supervisor.streams.attempts`. With `restart` and
+        `fallback` that is withdrawn and a new epoch begins; with `continuation` what follows is joined to the text, of which
+        the last `dropped` characters are not kept.
+        """
+        record: dict[str, Any] = {"attempt": number, "cause": cause, "delay_s": delay_s}
+        if rung is not None:
+            record["rung"] = rung
+        if dropped:
+            record["dropped"] = dropped
+        journal, stream = self._journal, self._stream
+        if rung in ("restart", "fallback") and self._begun:
+            record["withdrawn"] = (journal.epoch_starts[-1][1], journal.tail_seq)
+            journal.new_epoch()
+            self._begun = False
+        payload = msgspec.json.encode(details | record)
+        journal.add(time.time(), "attempt", payload)
+        if rung is not None:
+            stream._rungs.append(rung)  # noqa: SLF001
+            told = decode_attempt(payload)
+            climb(self._fold, told)
+            if self._undurable is not None:
+                self._undurable.append((journal.tail_seq, told))
+        stream._attempts = number  # noqa: SLF001
+        stream._marked = None  # noqa: SLF001
         self._streaming = False
-        self._stream._enter(State.CONNECTING, "connect")  # noqa: SLF001
+        stream._enter(State.CONNECTING, "connect")  # noqa: SLF001
         self.flush()
 
     def waiting(self) -> None:
@@ -141,7 +176,7 @@ class Output:
         if self._undurable is not None:
             self._undurable.append((self._journal.tail_seq, deltas))
         if not self._streaming:
-            self._streaming = True
+            self._streaming = self._begun = True
             stream._enter(State.STREAMING, "idle")  # noqa: SLF001
         stream._events += 1  # noqa: SLF001
 
@@ -154,6 +189,7 @@ class Output:
         except UnicodeDecodeError:
             record["payload_b64"] = base64.b64encode(kept).decode()
         self._journal.add(time.time(), "skipped", msgspec.json.encode(record))
+        self._begun = True
         self._stream._skipped += 1  # noqa: SLF001
 
     def touch(self) -> None:
@@ -166,6 +202,46 @@ class Output:
         None takes that back: a further choice has begun.
         """
         self._stream._marked = reason  # noqa: SLF001
+
+    @property
+    def answer(self) -> Snapshot:
+        """The answer so far, for a source that goes on with it."""
+        return self._fold.snapshot()
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything of the answer, as it now stands, has been received: an event, read or not."""
+        return self._begun
+
+    @property
+    def stopping(self) -> bool:
+        """Whether somebody has asked for the stream to be stopped and lets the answer end by itself: make no new attempt."""
+        return self._stream._stop is not None  # noqa: SLF001
+
+    def stop(self, fault: Fault) -> bool:
+        """Seal the stream by the stop that was asked for, as the upstream failed meanwhile. True if this decided its ending."""
+        verdict = self._stream._stop  # noqa: SLF001
+        assert verdict is not None, "only for a stream that is stopping"
+        return self._stream._seal(attrs.evolve(verdict, fault=fault))  # noqa: SLF001
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the stream ended, and not because its answer did: what the provider still does for it is for nobody."""
+        verdict = self._lifecycle.verdict
+        return (
+            verdict is not None
+            and verdict.state is not State.COMPLETED
+            and verdict.reason != "provider_error"
+        )
+
+    def report_usage(self, usage: Usage, quality: str) -> None:
+        """Give the outcome the usage that the provider stated for a stream that was abandoned, and its quality."""
+        self._stream._reported_usage = (usage, quality)  # noqa: SLF001
+
+    @property
+    def cleanup_s(self) -> float:
+        """How long a source may take to end after the seal before the outcome is written without it."""
+        return self._stream._supervisor.limits.cleanup_s  # noqa: SLF001
 
     @property
     def max_event_bytes(self) -> int:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 import trio
 
-from supervisor.dialects import Delta, Dialect, Fault, Fold, Snapshot
+from supervisor.dialects import Delta, Dialect, Fault, Fold, Snapshot, Usage
 from supervisor.errors import (
     AdmissionError,
     ConfigurationError,
@@ -38,6 +38,7 @@ from supervisor.errors import (
     SupervisorError,
 )
 from supervisor.stores.base import Event
+from supervisor.streams.attempts import AttemptRecord, Refold, climb
 from supervisor.streams.clocks import ClockKind, Clocks, Phase
 from supervisor.streams.journal import Cursor, Journal
 from supervisor.streams.lifecycle import Lifecycle, Outcome, State, Verdict
@@ -127,7 +128,9 @@ class Stream:
         "_max_event_bytes",
         "_outcome",
         "_readers",
+        "_reported_usage",
         "_restored",
+        "_rungs",
         "_scope",
         "_sealed_at",
         "_settled",
@@ -179,7 +182,9 @@ class Stream:
         # With `delivery="durable"` a second fold follows what is durable: it is what a snapshot shows.
         durable = spec.delivery == "durable"
         self._shown = Fold() if durable else self._fold
-        self._undurable: deque[tuple[int, tuple[Delta, ...]]] | None = deque() if durable else None
+        self._undurable: deque[tuple[int, tuple[Delta, ...] | AttemptRecord]] | None = (
+            deque() if durable else None
+        )
         self._clocks = Clocks(spec.deadlines, now)
         self._scope = trio.CancelScope()
         self._settled = trio.Event()
@@ -193,6 +198,8 @@ class Stream:
         self._outcome: Outcome | None = None
         self._readers = 0
         self._attempts = 0
+        self._rungs: list[str] = []
+        self._reported_usage: tuple[Usage, str] | None = None
         self._events = 0
         self._skipped = 0
         self._held = 0
@@ -314,18 +321,13 @@ class Stream:
         if not self._restored:
             await trio.lowlevel.checkpoint()
             return self.snapshot()
-        fold, dialect = Fold(), self._supervisor.dialect(self.dialect)
-        reader = dialect.reader()
+        refold = Refold(self._supervisor.dialect(self.dialect))
         cursor, last = Cursor(1, 0), self._journal.visible_seq
         while cursor.seq < last:
             for event in await self._journal.fetch(cursor, 1024):
-                if event.kind == "attempt":
-                    reader = dialect.reader()
-                elif event.kind == "data":
-                    for delta in reader.read(event.payload, event.name or "message"):
-                        fold.apply(delta)
+                refold.apply(event)
                 cursor = Cursor(event.epoch, event.seq)
-        return fold.snapshot(epoch=cursor.epoch, seq=cursor.seq)
+        return refold.fold.snapshot(epoch=cursor.epoch, seq=cursor.seq)
 
     async def recorded(self) -> None:
         """Wait until a crash can no longer lose that this stream was started. Raises StoreError."""
@@ -576,8 +578,12 @@ class Stream:
         """Fold what has become durable into what a snapshot shows."""
         waiting = self._undurable
         while waiting and waiting[0][0] <= durable_seq:
-            for delta in waiting.popleft()[1]:
-                self._shown.apply(delta)
+            told = waiting.popleft()[1]
+            if isinstance(told, AttemptRecord):
+                climb(self._shown, told)
+            else:
+                for delta in told:
+                    self._shown.apply(delta)
 
     def _conclude(self) -> Outcome:
         verdict, sealed_at = self._lifecycle.verdict, self._sealed_at

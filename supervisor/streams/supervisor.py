@@ -730,7 +730,7 @@ async def _interrupted(stored: StoredStream, store: Store) -> Outcome:
         attempts=counts["attempt"],
         events=counts["data"],
         skipped=counts["skipped"],
-        epoch=epoch + 1,
+        epoch=epoch + 1,  # even: see Journal.new_epoch
         last_seq=last + 1,
         epoch_starts=((1, 1), (epoch + 1, last + 1)),
         started_at=stored.created_at,

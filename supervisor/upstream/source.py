@@ -38,6 +38,7 @@ from supervisor.upstream.veil import veil_for
 
 if TYPE_CHECKING:
     from supervisor.streams import Output
+    from supervisor.streams.attempts import Rung
     from supervisor.upstream.catalog import Upstream
 
 __all__ = ["HttpSource", "Transport"]
@@ -110,8 +111,8 @@ class HttpSource:
         """Make attempts until the stream is sealed. The stream's clocks bound all that is waited for here."""
         number, cause, delay_s = 1, None, 0.0
         while True:
-            details = {} if number == 1 else {"rung": "retry"}
-            out.attempt(number, cause=cause, delay_s=round(delay_s, 3), upstream=self.upstream, **details)
+            rung: Rung | None = None if number == 1 else "retry"
+            out.attempt(number, cause=cause, delay_s=round(delay_s, 3), rung=rung, upstream=self.upstream)
             failure = await self._attempt(out)
             if failure is None or out.sealed:
                 return

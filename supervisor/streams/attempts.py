@@ -1,0 +1,109 @@
+"""The `attempt` event: what the journal says of each connection, and what a fold of the journal makes of it.
+
+An answer may take several attempts. What an attempt does to what was received before it is its *rung*, on the ladder that is
+climbed when an attempt has died:
+
+| rung | what was received before | the reader |
+|---|---|---|
+| (the first) | nothing | new |
+| `retry` | nothing: the attempts before it got no event | new |
+| `sequence` | is the beginning of the same response; this attempt sends the rest | goes on |
+| `continuation` | is kept; this attempt's text is joined to it (`dropped` characters of white space at its end are not kept) | new |
+| `restart` | is withdrawn: a new epoch begins | new |
+| `fallback` | is withdrawn, if there was anything: a new epoch begins | new |
+
+The live fold and every later reading of the journal go by this record, and by nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from supervisor.dialects import Dialect, Fold, UnparseableError
+from supervisor.stores.base import Event
+
+__all__ = ["AttemptRecord", "Refold", "Rung", "Texts", "climb", "decode_attempt"]
+
+Rung = Literal["retry", "sequence", "continuation", "restart", "fallback"]
+
+
+class AttemptRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What of an `attempt` event decides how the journal is read. The event's payload may say more."""
+
+    attempt: int
+    rung: str | None = None
+    dropped: int = 0
+    """With `continuation`: how many characters at the end of the text are not kept."""
+    withdrawn: tuple[int, int] | None = None
+    """With `restart` and `fallback`: the first and the last seq of what is no longer part of the answer."""
+
+
+_DECODER = msgspec.json.Decoder(AttemptRecord)
+
+
+def decode_attempt(payload: bytes) -> AttemptRecord:
+    """Read the payload of an `attempt` event."""
+    return _DECODER.decode(payload)
+
+
+def climb(fold: Fold, record: AttemptRecord) -> None:
+    """Do to a fold what an attempt does to what was received before it."""
+    if record.withdrawn is not None:
+        fold.reset()
+    elif record.rung == "continuation":
+        fold.go_on(dropped=record.dropped)
+
+
+class Refold:
+    """Folds a journal that is read back, event by event and in order from the first."""
+
+    __slots__ = ("_dialect", "_reader", "fold")
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
+        self._reader = dialect.reader()
+        self.fold = Fold()
+
+    def apply(self, event: Event) -> None:
+        """Take one event. Raises UnparseableError for one that it cannot read."""
+        if event.kind == "attempt":
+            record = decode_attempt(event.payload)
+            climb(self.fold, record)
+            if record.rung != "sequence":
+                self._reader = self._dialect.reader()
+        elif event.kind == "data":
+            for delta in self._reader.read(event.payload, event.name or "message"):
+                self.fold.apply(delta)
+
+
+class Texts:
+    """Tells again the text that each event of a journal had when it was new: what it adds to choice 0.
+
+    `whole`: the first event given is the first of the journal. If it is not, `doubtful` says whether an event came whose
+    text depends on those before.
+    """
+
+    __slots__ = ("_dialect", "_reader", "_whole", "doubtful")
+
+    def __init__(self, dialect: Dialect, *, whole: bool) -> None:
+        self._dialect = dialect
+        self._reader = dialect.reader()
+        self._whole = whole
+        self.doubtful = False
+
+    def of(self, event: Event) -> str:
+        """Return the text of one event."""
+        if event.kind == "attempt" and decode_attempt(event.payload).rung != "sequence":
+            self._reader = self._dialect.reader()
+            self._whole = True
+        if event.kind != "data" or event.text:
+            return event.text
+        try:
+            deltas = self._reader.read(event.payload, event.name or "message")
+        except UnparseableError:  # it could be read once, after events that are not here
+            return ""
+        if not self._whole and any(delta.restated for delta in deltas):
+            self.doubtful = True
+        return "".join([delta.text for delta in deltas if not delta.choice])
