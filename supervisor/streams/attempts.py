@@ -9,10 +9,12 @@ climbed when an attempt has died:
 | `retry` | nothing: the attempts before it got no event | new |
 | `sequence` | is the beginning of the same response; this attempt sends the rest | goes on |
 | `continuation` | is kept; this attempt's text is joined to it (`dropped` characters of white space at its end are not kept) | new |
-| `restart` | is withdrawn: a new epoch begins | new |
-| `fallback` | is withdrawn, if there was anything: a new epoch begins | new |
+| `restart`, `fallback` | stands until this attempt's first event; then it is withdrawn | new |
 
-The live fold and every later reading of the journal go by this record, and by nothing else.
+What is withdrawn is told by an event of its own, `withdrawn`, which begins a new epoch. So an answer is only given up once there
+is another in its place: attempts that come to nothing leave what was received before them as it was.
+
+The live fold and every later reading of the journal go by these two records, and by nothing else.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import msgspec
 from supervisor.dialects import Dialect, Fold, UnparseableError
 from supervisor.stores.base import Event
 
-__all__ = ["AttemptRecord", "Refold", "Rung", "Texts", "climb", "decode_attempt"]
+__all__ = ["AttemptRecord", "Refold", "Rung", "Texts", "Withdrawal", "climb", "decode_attempt"]
 
 Rung = Literal["retry", "sequence", "continuation", "restart", "fallback"]
 
@@ -36,8 +38,16 @@ class AttemptRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     rung: str | None = None
     dropped: int = 0
     """With `continuation`: how many characters at the end of the text are not kept."""
-    withdrawn: tuple[int, int] | None = None
-    """With `restart` and `fallback`: the first and the last seq of what is no longer part of the answer."""
+
+
+class Withdrawal(msgspec.Struct, frozen=True):
+    """The payload of a `withdrawn` event: which part of the journal is no longer part of the answer."""
+
+    attempt: int
+    """The attempt whose first event follows."""
+    first: int
+    """The first seq that is withdrawn."""
+    last: int
 
 
 _DECODER = msgspec.json.Decoder(AttemptRecord)
@@ -48,9 +58,9 @@ def decode_attempt(payload: bytes) -> AttemptRecord:
     return _DECODER.decode(payload)
 
 
-def climb(fold: Fold, record: AttemptRecord) -> None:
+def climb(fold: Fold, record: AttemptRecord | Withdrawal) -> None:
     """Do to a fold what an attempt does to what was received before it."""
-    if record.withdrawn is not None:
+    if isinstance(record, Withdrawal):
         fold.reset()
     elif record.rung == "continuation":
         fold.go_on(dropped=record.dropped)
@@ -73,6 +83,8 @@ class Refold:
             climb(self.fold, record)
             if record.rung != "sequence":
                 self._reader = self._dialect.reader()
+        elif event.kind == "withdrawn":
+            self.fold.reset()
         elif event.kind == "data":
             for delta in self._reader.read(event.payload, event.name or "message"):
                 self.fold.apply(delta)

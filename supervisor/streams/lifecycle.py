@@ -107,7 +107,8 @@ MAX_MESSAGE_CHARS = 2000
 MAX_ACTOR_CHARS = 256
 
 UsageQuality = str
-"""`exact`: the provider's final figure; `provider_partial`: its latest before the end; `estimated`; `unknown`."""
+"""`exact`: the provider's final figure of a completed answer, and of all that was asked for it; `provider_partial`: its latest before
+the end, or without what earlier attempts took; `estimated`: the output alone, from its length; `unknown`."""
 
 
 def _storable_text(field: str, value: object, limit: int) -> str:
@@ -245,6 +246,13 @@ class Outcome:
     """Seconds since the Unix epoch."""
     ended_at: float
     """When the stream was sealed, in seconds since the Unix epoch."""
+    events_unread: int = 0
+    """Of `events`, those that arrived after the last reader had left: all if there was none, 0 if one was there at the end (and after
+    a crash, when it is not known)."""
+    rungs: tuple[str, ...] = ()
+    """How each attempt after the first went on from the one before it."""
+    joined_at: tuple[int, ...] = ()
+    """Where in the text of choice 0, in characters, an attempt's text was joined to what was received before it."""
     cleanup_error: str | None = None
     """What the source raised after the seal, if it did. It changes nothing about the ending."""
 

@@ -18,7 +18,7 @@ import trio
 from supervisor.dialects import Delta, Fault, Snapshot, Usage
 from supervisor.dialects.native import encode
 from supervisor.errors import ConfigurationError
-from supervisor.streams.attempts import Rung, climb, decode_attempt
+from supervisor.streams.attempts import AttemptRecord, Rung, Withdrawal, climb
 from supervisor.streams.lifecycle import State, Verdict
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Output:
         "_stream",
         "_streaming",
         "_undurable",
+        "_withdraws",
         "id",
         "nursery",
     )
@@ -61,7 +62,8 @@ class Output:
         self._max_event_bytes = stream._max_event_bytes  # noqa: SLF001
         self._undurable = stream._undurable  # noqa: SLF001
         self._streaming = False
-        self._begun = False  # whether this epoch has anything of the upstream in it
+        self._begun = False  # whether the answer, as it stands, has anything of the upstream in it
+        self._withdraws = False  # whether the next event takes the place of all before it
         self.id = stream.id
         self.nursery = nursery
         """The stream's own nursery, for the source's helpers: they end with the stream."""
@@ -121,32 +123,43 @@ class Output:
         """Journal the start of an attempt; its connect clock starts. `details` are JSON values.
 
         `rung` says what becomes of what the attempts before it received: see `supervisor.streams.attempts`. With `restart` and
-        `fallback` that is withdrawn and a new epoch begins; with `continuation` what follows is joined to the text, of which
-        the last `dropped` characters are not kept.
+        `fallback` that is withdrawn, and a new epoch begins, when this attempt's first event comes; with `continuation` what
+        follows is joined to the text, of which the last `dropped` characters are not kept.
         """
-        record: dict[str, Any] = {"attempt": number, "cause": cause, "delay_s": delay_s}
+        record = details | {"attempt": number, "cause": cause, "delay_s": delay_s}
         if rung is not None:
             record["rung"] = rung
         if dropped:
             record["dropped"] = dropped
-        journal, stream = self._journal, self._stream
-        if rung in ("restart", "fallback") and self._begun:
-            record["withdrawn"] = (journal.epoch_starts[-1][1], journal.tail_seq)
-            journal.new_epoch()
-            self._begun = False
-        payload = msgspec.json.encode(details | record)
-        journal.add(time.time(), "attempt", payload)
+        stream = self._stream
+        self._journal.add(time.time(), "attempt", msgspec.json.encode(record))
         if rung is not None:
             stream._rungs.append(rung)  # noqa: SLF001
-            told = decode_attempt(payload)
-            climb(self._fold, told)
-            if self._undurable is not None:
-                self._undurable.append((journal.tail_seq, told))
+            self._climb(AttemptRecord(number, rung, dropped))
         stream._attempts = number  # noqa: SLF001
         stream._marked = None  # noqa: SLF001
         self._streaming = False
+        self._withdraws = self._begun and rung in ("restart", "fallback")
         stream._enter(State.CONNECTING, "connect")  # noqa: SLF001
         self.flush()
+
+    def _withdraw(self) -> None:
+        """Begin a new epoch: what was received before this attempt is no longer part of the answer."""
+        journal = self._journal
+        told = Withdrawal(
+            attempt=self._stream._attempts,  # noqa: SLF001
+            first=journal.epoch_starts[-1][1],
+            last=journal.tail_seq,
+        )
+        journal.new_epoch()
+        journal.add(time.time(), "withdrawn", msgspec.json.encode(told))
+        self._withdraws = False
+        self._climb(told)
+
+    def _climb(self, record: AttemptRecord | Withdrawal) -> None:
+        climb(self._fold, record)
+        if self._undurable is not None:
+            self._undurable.append((self._journal.tail_seq, record))
 
     def waiting(self) -> None:
         """Between two attempts: only the total clock runs."""
@@ -165,6 +178,8 @@ class Output:
     def append(self, payload: bytes, name: str, deltas: tuple[Delta, ...]) -> None:
         """Add one wire event and fold its deltas. Not published before `flush`. Raises StreamSealedError once sealed."""
         stream = self._stream
+        if self._withdraws:
+            self._withdraw()
         if len(deltas) == 1:
             delta = deltas[0]
             text = "" if delta.choice else delta.text
@@ -188,6 +203,8 @@ class Output:
             record["payload"] = kept.decode()
         except UnicodeDecodeError:
             record["payload_b64"] = base64.b64encode(kept).decode()
+        if self._withdraws:
+            self._withdraw()
         self._journal.add(time.time(), "skipped", msgspec.json.encode(record))
         self._begun = True
         self._stream._skipped += 1  # noqa: SLF001

@@ -28,7 +28,9 @@ __all__ = [
     "OnConflict",
     "OnDetach",
     "Source",
+    "StopMode",
     "StreamSpec",
+    "check_stop",
     "monotonic_ids",
 ]
 
@@ -36,6 +38,8 @@ OnConflict = Literal["attach", "reject", "replace"]
 Delivery = Literal["immediate", "durable"]
 DetachMode = Literal["keep", "cancel"]
 WhenFull = Literal["reject", "reap_oldest"]
+StopMode = Literal["abort", "drain"]
+"""How a cancel ends a stream: at once, or by letting the answer end by itself within a budget."""
 IdFactory = Callable[[], str]
 
 MAX_KEY_CHARS = 256
@@ -97,6 +101,17 @@ def _one_of(*values: str) -> Callable[[object, attrs.Attribute[Any], object], No
 
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_stop(mode: object, drain_s: object, drain_tokens: object) -> None:
+    """Raise ConfigurationError for options of a cancel that it cannot have."""
+    if mode not in (None, *get_args(StopMode)):
+        raise ConfigurationError("mode", mode, "'abort', 'drain', or None for what the dialect does")
+    if not (_is_number(drain_s) and drain_s >= 0):
+        raise ConfigurationError("drain_s", drain_s, "a number of seconds, 0 or more")
+    whole = isinstance(drain_tokens, int) and not isinstance(drain_tokens, bool) and drain_tokens >= 0
+    if not (drain_tokens is None or whole):
+        raise ConfigurationError("drain_tokens", drain_tokens, "a whole number, 0 or more, or None for no limit")
 
 
 # --- options ---------------------------------------------------------------------------------------------------------

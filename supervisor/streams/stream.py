@@ -38,7 +38,7 @@ from supervisor.errors import (
     SupervisorError,
 )
 from supervisor.stores.base import Event
-from supervisor.streams.attempts import AttemptRecord, Refold, climb
+from supervisor.streams.attempts import AttemptRecord, Refold, Withdrawal, climb
 from supervisor.streams.clocks import ClockKind, Clocks, Phase
 from supervisor.streams.journal import Cursor, Journal
 from supervisor.streams.lifecycle import Lifecycle, Outcome, State, Verdict
@@ -182,7 +182,7 @@ class Stream:
         # With `delivery="durable"` a second fold follows what is durable: it is what a snapshot shows.
         durable = spec.delivery == "durable"
         self._shown = Fold() if durable else self._fold
-        self._undurable: deque[tuple[int, tuple[Delta, ...] | AttemptRecord]] | None = (
+        self._undurable: deque[tuple[int, tuple[Delta, ...] | AttemptRecord | Withdrawal]] | None = (
             deque() if durable else None
         )
         self._clocks = Clocks(spec.deadlines, now)
@@ -579,7 +579,7 @@ class Stream:
         waiting = self._undurable
         while waiting and waiting[0][0] <= durable_seq:
             told = waiting.popleft()[1]
-            if isinstance(told, AttemptRecord):
+            if isinstance(told, AttemptRecord | Withdrawal):
                 climb(self._shown, told)
             else:
                 for delta in told:

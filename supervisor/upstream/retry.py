@@ -1,9 +1,10 @@
-"""When an attempt is made again, and after how long.
+"""Whether another attempt is made, and after how long.
 
-An answer that has begun is never asked for again here: the provider has generated, and billed, what was received, and a
-second answer would be another one. So attempts are repeated only before the first event, when nothing of an answer has
-been seen. Even then a request whose connection died after it was sent may have been worked on; that is accepted, as the
-providers' own SDKs accept it, and each attempt is in the journal.
+Before the first event, when nothing of an answer has been seen, attempts are repeated. Even then a request whose connection
+died after it was sent may have been worked on; that is accepted, as the providers' own SDKs accept it, and each attempt is in
+the journal. Once an answer has begun, the provider has generated, and billed, what was received, and a second answer would be
+another one: what is done then is decided on the ladder (`supervisor.upstream.ladder`), and only the rungs that `resume` names
+are climbed. By default that is the one which costs nothing and changes nothing, `sequence`.
 
 The delay is exponential backoff with *full jitter* (a uniform draw between zero and the exponential bound), which spreads
 the clients of a provider that recovers best. A `Retry-After` is obeyed in place of it, plus a little jitter, since a
@@ -25,10 +26,13 @@ import attrs
 from supervisor.dialects import Fault
 from supervisor.errors import ConfigurationError
 
-__all__ = ["RETRIED_STATUSES", "RetryPolicy", "retry_after_s", "should_retry"]
+__all__ = ["RETRIED_STATUSES", "RUNGS", "RetryPolicy", "retry_after_s", "should_retry"]
 
 RETRIED_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 """The HTTP statuses that are retried by default. 409 is what a provider's lock timeout looks like."""
+
+RUNGS = ("sequence", "continuation", "restart")
+"""What `RetryPolicy.resume` may name."""
 
 _NEVER = frozenset({"auth", "context_length", "content_filter"})
 _MAX_SECONDS = 1e9
@@ -55,6 +59,21 @@ def _statuses(instance: object, attribute: attrs.Attribute[Any], value: frozense
         )
 
 
+def _rungs(instance: object, attribute: attrs.Attribute[Any], value: tuple[object, ...]) -> None:
+    del instance
+    if not set(value) <= set(RUNGS) or len(set(value)) != len(value):
+        raise ConfigurationError(f"retry.{attribute.name}", value, f"any of {', '.join(RUNGS)}, each once")
+
+
+def _as_rungs(value: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise ConfigurationError("retry.resume", value, f"a list of any of {', '.join(RUNGS)}")
+    try:
+        return tuple(value)
+    except TypeError:
+        raise ConfigurationError("retry.resume", value, f"a list of any of {', '.join(RUNGS)}") from None
+
+
 def _as_statuses(value: Iterable[int]) -> frozenset[int]:
     try:
         return frozenset(value)
@@ -64,13 +83,13 @@ def _as_statuses(value: Iterable[int]) -> frozenset[int]:
 
 @attrs.frozen(kw_only=True)
 class RetryPolicy:
-    """How often and how fast a stream's attempts are made, before its first event.
+    """How often and how fast a stream's attempts are made, and what may be done once an answer has begun.
 
     Raises ConfigurationError naming the field (`retry.attempts`, …) for a value it cannot have.
     """
 
     attempts: int = attrs.field(default=4, validator=_attempts)
-    """In all; 1: no retry."""
+    """Of one stream, in all; 1: no second one, whatever happens."""
     wait_initial_s: float = attrs.field(default=0.5, validator=_finite)
     """The bound of the wait before the second attempt; it doubles with each."""
     wait_max_s: float = attrs.field(default=30.0, validator=_finite)
@@ -82,6 +101,10 @@ class RetryPolicy:
     statuses: frozenset[int] = attrs.field(
         default=RETRIED_STATUSES, converter=_as_statuses, validator=_statuses
     )
+    resume: tuple[str, ...] = attrs.field(default=("sequence",), converter=_as_rungs, validator=_rungs)
+    """What may be done when an attempt dies after its first event: `sequence` (have the provider send the rest of the same
+    answer), `continuation` (have the model go on from the text received), `restart` (withdraw what was received and ask again).
+    Each where the dialect, the model and the request allow it, in this order."""
 
     def __attrs_post_init__(self) -> None:
         if self.wait_max_s < self.wait_initial_s:
@@ -99,12 +122,10 @@ class RetryPolicy:
     def delay_s(
         self, failed: int, *, asked_s: float | None = None, draw: Callable[[], float] = random.random
     ) -> float | None:
-        """Return the wait in seconds before the next attempt, None if there is to be none.
+        """Return the wait in seconds after so many failures in a row, None if the upstream asks for one that is too long.
 
-        `failed` attempts were made; the upstream asked for a wait of `asked_s`, if it did. `draw` gives a number in [0, 1).
+        The upstream asked for a wait of `asked_s`, if it did. `draw` gives a number in [0, 1).
         """
-        if failed >= self.attempts:
-            return None
         if asked_s is None:
             return draw() * self.bound_s(failed)
         if asked_s > self.retry_after_max_s:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -87,10 +88,28 @@ def test_contentless_deltas_open_no_choice() -> None:
 
 
 def test_reset_begins_anew() -> None:
-    """After a reset nothing of the earlier epoch is left, nor accounted."""
+    """After a reset nothing of the earlier epoch is left, nor accounted, but what it used."""
     fold = Fold()
     fold.apply(Delta(text="é", usage=Usage(1, 1), model="m", finish_reason="stop"))
     fold.reset()
     assert fold.nbytes == 0
-    assert Fold().snapshot() == fold.snapshot()
+    assert attrs.evolve(Fold().snapshot(), usage=Usage(1, 1)) == fold.snapshot()
     assert fold.finish_reason is None
+    fold.apply(Delta(text="again", usage=Usage(1, 4, cached=1)))
+    assert fold.usage == Usage(2, 5, cached=1)
+
+
+def test_another_request_goes_on_from_the_text() -> None:
+    """What it brings is joined, the place is known, and white space that it will bring again is not kept."""
+    fold = Fold()
+    for text in ("é", "t", "é \n"):
+        fold.apply(Delta(text=text))
+    fold.apply(Delta(usage=Usage(7, 3), model="m", response_id="r1"))
+    fold.go_on(dropped=2)
+    assert (fold.snapshot().text, fold.snapshot().joined_at) == ("été", (3,))
+    fold.apply(Delta(text=" et hiver", response_id="r2"))
+    fold.go_on()
+    fold.apply(Delta(text=".", usage=Usage(9, 1)))
+    told = fold.snapshot()
+    assert (told.text, told.joined_at, told.usage) == ("été et hiver.", (3, 12), Usage(16, 4))
+    assert fold.nbytes == 512 + len("été et hiver.".encode())
