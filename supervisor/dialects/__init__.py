@@ -1,5 +1,6 @@
 """Sans-IO: wire events in, deltas, terminal marker, usage and errors out. One file per provider."""
 
+from supervisor.dialects.anthropic import ANTHROPIC
 from supervisor.dialects.base import (
     Choice,
     Delta,
@@ -20,6 +21,7 @@ from supervisor.dialects.openai_chat import OPENAI_CHAT
 from supervisor.dialects.reading import BodyReader, Sink
 
 __all__ = [
+    "ANTHROPIC",
     "BUILTIN",
     "NATIVE",
     "OPENAI_CHAT",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
+from supervisor.dialects.anthropic import ANTHROPIC
 from supervisor.dialects.dialect import Dialect
 from supervisor.dialects.native import NATIVE
 from supervisor.dialects.openai_chat import OPENAI_CHAT
@@ -14,7 +15,7 @@ from supervisor.errors import ConfigurationError
 __all__ = ["BUILTIN", "find"]
 
 BUILTIN: Final[Mapping[str, Dialect]] = MappingProxyType(
-    {dialect.name: dialect for dialect in (NATIVE, OPENAI_CHAT)}
+    {dialect.name: dialect for dialect in (ANTHROPIC, NATIVE, OPENAI_CHAT)}
 )
 """The dialects of this package, by name."""
 
