@@ -14,17 +14,25 @@ from supervisor.dialects.base import (
     Usage,
 )
 from supervisor.dialects.catalog import BUILTIN, find
+from supervisor.dialects.cohere import COHERE
 from supervisor.dialects.dialect import Asking, Call, Dialect, Endings, Progress
 from supervisor.dialects.fold import Fold
+from supervisor.dialects.gemini import GEMINI, GEMINI_JSONARRAY
 from supervisor.dialects.native import NATIVE
 from supervisor.dialects.openai_chat import OPENAI_CHAT
+from supervisor.dialects.openai_completions import OPENAI_COMPLETIONS
+from supervisor.dialects.prefill import PrefillForm, chat_continuation
 from supervisor.dialects.reading import BodyReader, Sink
 
 __all__ = [
     "ANTHROPIC",
     "BUILTIN",
+    "COHERE",
+    "GEMINI",
+    "GEMINI_JSONARRAY",
     "NATIVE",
     "OPENAI_CHAT",
+    "OPENAI_COMPLETIONS",
     "Asking",
     "BodyReader",
     "Call",
@@ -35,6 +43,7 @@ __all__ = [
     "Fault",
     "FaultKind",
     "Fold",
+    "PrefillForm",
     "Progress",
     "Reader",
     "Sink",
@@ -43,5 +52,6 @@ __all__ = [
     "ToolCallDelta",
     "UnparseableError",
     "Usage",
+    "chat_continuation",
     "find",
 ]

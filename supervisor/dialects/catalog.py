@@ -7,15 +7,21 @@ from types import MappingProxyType
 from typing import Final
 
 from supervisor.dialects.anthropic import ANTHROPIC
+from supervisor.dialects.cohere import COHERE
 from supervisor.dialects.dialect import Dialect
+from supervisor.dialects.gemini import GEMINI, GEMINI_JSONARRAY
 from supervisor.dialects.native import NATIVE
 from supervisor.dialects.openai_chat import OPENAI_CHAT
+from supervisor.dialects.openai_completions import OPENAI_COMPLETIONS
 from supervisor.errors import ConfigurationError
 
 __all__ = ["BUILTIN", "find"]
 
 BUILTIN: Final[Mapping[str, Dialect]] = MappingProxyType(
-    {dialect.name: dialect for dialect in (ANTHROPIC, NATIVE, OPENAI_CHAT)}
+    {
+        dialect.name: dialect
+        for dialect in (ANTHROPIC, COHERE, GEMINI, GEMINI_JSONARRAY, NATIVE, OPENAI_CHAT, OPENAI_COMPLETIONS)
+    }
 )
 """The dialects of this package, by name."""
 

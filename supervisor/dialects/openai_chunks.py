@@ -97,6 +97,10 @@ class ChunkReader:
         """Read one choice of a chunk, as generic JSON. Raises UnparseableError."""
         raise NotImplementedError
 
+    def envelope(self, value: dict[str, Any]) -> dict[str, Any]:
+        """Return the chunk that this object is, where it comes in another shape."""
+        return value
+
     def read_tolerant(self, data: bytes) -> tuple[Delta, ...]:
         """Read an event that the typed decoder refused, or in which errors are to be looked for."""
         marker = data.strip(b" \t\r\n\"'")
@@ -112,6 +116,7 @@ class ChunkReader:
             raise UnparseableError(f"not a JSON object: {shown(data, 100)}")
         if (fault := _chunk_fault(value)) is not None:
             return (Delta(fault=fault),)
+        value = self.envelope(value)
         choices = value.get("choices")
         if choices is None:
             choices = []
