@@ -16,7 +16,8 @@ How a body ends well or badly, in the order in which it is asked:
 
 A last event that the body's end cut off before its empty line is discarded, as the event-stream standard says: it may
 be a part. There is one exception, after a clean end only: if that event says that the provider failed, or is the
-dialect's end marker, it is believed, because neither can be part of something else.
+dialect's end marker (in a dialect without one: has a finish reason), it is believed, because none of these can be part
+of something else.
 """
 
 from __future__ import annotations
@@ -329,9 +330,13 @@ class BodyReader:
                 meant = self._dialect.reader().read(event.data, event.event)
             except UnparseableError:
                 continue
-            if any(delta.fault is not None or delta.terminal for delta in meant):
+            if any(delta.fault is not None or delta.terminal or self._ends(delta) for delta in meant):
                 self._head = None
                 self._take([event])
+
+    def _ends(self, delta: Delta) -> bool:
+        """Whether this finish reason is all that a dialect without an end marker says of its ending."""
+        return delta.finish_reason is not None and not self._dialect.endings.markers
 
     def _look_at_stray(self) -> None:
         stray = self._decoder.stray
