@@ -11,13 +11,17 @@ How a body ends well or badly, in the order in which it is asked:
 | more unreadable events than allowed, or a line or event past its limit | failed(`protocol`) |
 | the dialect's end marker, or finish reasons for all choices seen and then the end of the body, however it came | completed |
 | a whole JSON answer in place of a stream | completed, if it says that it ended |
+| the clean end of a body in which nothing is left open, for a dialect whose answers end so (`Endings.clean_end`) | completed(`done`) |
 | a cleanly ended body that is something else: HTML, plain text, other JSON | failed(`protocol`): it was never a stream of this dialect, so nothing of it was cut off |
 | anything else, also an empty body | failed(`truncated`) |
 
 A last event that the body's end cut off before its empty line is discarded, as the event-stream standard says: it may
 be a part. There is one exception, after a clean end only: if that event says that the provider failed, or is the
-dialect's end marker (in a dialect without one: has a finish reason), it is believed, because none of these can be part
-of something else.
+dialect's end marker, it is believed, because neither can be part of something else. A last line of JSON without its line
+end counts if it is whole: an object, a list or a string cannot be a part of another; anything else only after a clean end.
+
+How the body is cut into events is decided by its first bytes, with what the response and the dialect say of it: see
+`supervisor.wire.framing`. So a dialect is read from whatever framing its provider, or a proxy, sends.
 """
 
 from __future__ import annotations
@@ -27,11 +31,14 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from supervisor.dialects.base import Delta, Fault, UnparseableError
+from supervisor.dialects.base import Delta, Fault, Reader, UnparseableError
 from supervisor.dialects.dialect import Dialect
 from supervisor.dialects.faults import error_fault, find_fault, shown
 from supervisor.errors import ConfigurationError, RemoteProtocolError
 from supervisor.wire.event import WireEvent
+from supervisor.wire.framing import BodyFraming, FramingChooser
+from supervisor.wire.json_array import JSONArrayDecoder
+from supervisor.wire.ndjson import NDJSONDecoder
 from supervisor.wire.sse import SSEDecoder
 
 __all__ = ["BodyReader", "Sink"]
@@ -86,37 +93,45 @@ class _Decoder(Protocol):
     stray: bytes
     fault: RemoteProtocolError | None
 
+    @property
+    def pending(self) -> bytes: ...
+    @property
+    def buffered_bytes(self) -> int: ...
     def feed(self, data: bytes) -> list[WireEvent]: ...
     def end(self) -> None: ...
 
 
-def _sse(max_line_bytes: int, max_event_bytes: int) -> _Decoder:
-    return SSEDecoder(max_line_bytes=max_line_bytes, max_event_bytes=max_event_bytes)
-
-
-_DECODERS: Final[Mapping[str, Callable[[int, int], _Decoder]]] = {"sse": _sse}
+_DECODERS: Final[Mapping[str, Callable[[int, int], _Decoder]]] = {
+    "sse": lambda line, event: SSEDecoder(max_line_bytes=line, max_event_bytes=event),
+    "ndjson": lambda line, event: NDJSONDecoder(max_line_bytes=line, max_event_bytes=event),
+    "json-array": lambda _line, event: JSONArrayDecoder(max_event_bytes=event),
+}
 
 
 class BodyReader:
     """Reads one response body into a sink. One per attempt.
 
     `events` and `skipped` count the events read and those that could not be; `terminal` is true once the dialect's
-    end marker was seen. Past `max_unparseable` skipped events the stream is failed(`protocol`). `content_type` is only
-    used to say what came in place of a stream.
+    end marker was seen. Past `max_unparseable` skipped events the stream is failed(`protocol`). `content_type` helps to
+    tell how the body is framed, and what came in place of a stream. `reader` reads on where it stopped in an earlier body
+    of the same answer.
 
     Raises ConfigurationError for a dialect whose framing is not that of a body.
     """
 
     __slots__ = (
+        "_chooser",
         "_content_type",
         "_decoder",
         "_dialect",
         "_ended",
+        "_event_id",
+        "_framing",
         "_head",
-        "_head_limit",
+        "_limits",
         "_marked",
-        "_max_bare",
         "_max_unparseable",
+        "_only",
         "_reader",
         "_seen_comments",
         "_seen_stray",
@@ -136,34 +151,55 @@ class BodyReader:
         max_unparseable: int = 10,
         max_line_bytes: int = 1 << 20,
         max_event_bytes: int = 4 << 20,
+        reader: Reader | None = None,
     ) -> None:
-        make = _DECODERS.get(dialect.framing)
-        if make is None:
+        if dialect.framing not in _DECODERS:
             expected = f"a dialect whose framing is one of {', '.join(sorted(_DECODERS))}"
             raise ConfigurationError("dialect", f"{dialect.name} ({dialect.framing})", expected)
         if max_unparseable < 0:
             raise ConfigurationError("max_unparseable", max_unparseable, "a number of events, 0 or more")
+        _DECODERS["sse"](max_line_bytes, max_event_bytes)  # judges the limits, before the first byte has come
         self.events = 0
         self.skipped = 0
         self.terminal = False
         self._dialect = dialect
         self._sink = sink
-        self._reader = dialect.reader()
-        self._decoder = make(max_line_bytes, max_event_bytes)
+        self._reader = dialect.reader() if reader is None else reader
+        self._limits = (max_line_bytes, max_event_bytes)
+        self._chooser = FramingChooser(
+            dialect.framing,  # type: ignore[arg-type]  # "none" has just been refused
+            content_type,
+            max_line_bytes=min(self._limits),
+        )
+        self._decoder: _Decoder | None = None
+        self._framing: BodyFraming = "sse"
         self._content_type = content_type
         self._max_unparseable = max_unparseable
-        self._max_bare = max_event_bytes
         self._marked = False
         self._ended = False
+        self._event_id: str | None = None
         self._seen_comments = 0
         self._seen_stray = 0
         self._stray_fault: Fault | None = None
-        # The beginning of the body, kept until the first event shows that it is a stream.
+        # The beginning of the body, kept until an event shows that it is a stream.
         self._head: bytearray | None = bytearray()
-        self._head_limit = 0
+        # The one JSON value of such a body, as long as there is no other.
+        self._only: bytes | None = None
 
     def __repr__(self) -> str:
         return f"<BodyReader of {self._dialect.name}: {self.events} events, {self.skipped} skipped>"
+
+    @property
+    def last_event_id(self) -> str:
+        """The event stream's last event id, no later than the last event that the sink took; "" if there is none."""
+        if self._event_id is not None:
+            return self._event_id
+        return self._decoder.last_event_id if isinstance(self._decoder, SSEDecoder) else ""
+
+    @property
+    def retry_ms(self) -> int | None:
+        """The reconnection time that the event stream asked for, in milliseconds; None if it asked for none."""
+        return self._decoder.retry if isinstance(self._decoder, SSEDecoder) else None
 
     def feed(self, body: bytes) -> None:
         """Take bytes of the body. Does nothing once the sink is sealed.
@@ -172,22 +208,28 @@ class BodyReader:
         """
         if self._ended or self._sink.sealed:
             return
-        if self._head is not None:
-            self._keep(body)
         decoder = self._decoder
+        if decoder is None:
+            framing = self._chooser.feed(body)
+            if framing is None:
+                self._touch(self._chooser.comments)
+                return
+            decoder, body = self._begin(framing)
+        if self._head is not None:
+            self._head += body[: max(0, _HEAD_BYTES - len(self._head))]
         try:
             events = decoder.feed(body)
         except RemoteProtocolError as exc:
             self._fail("protocol", Fault(kind="protocol", message=str(exc)))
             return
         if len(decoder.stray) != self._seen_stray:
-            self._look_at_stray()
-        if events:
-            self._head = None
+            self._look_at_stray(decoder)
+        if not events:
+            self._touch(decoder.comments)
+        elif self._head is None:
             self._take(events)
-        elif decoder.comments != self._seen_comments:
-            self._seen_comments = decoder.comments
-            self._sink.touch()
+        else:
+            self._take_first(events)
         if self._stray_fault is not None:
             self._fail("provider_error", self._stray_fault)
         elif decoder.fault is not None:
@@ -200,24 +242,24 @@ class BodyReader:
         """
         if self._ended:
             return
-        if clean and not self._sink.sealed:
-            self._read_last_block()
+        whole = self._read_rest(clean=clean)
         self._ended = True
-        self._decoder.end()
-        head = bytes(self._head) if self._head else b""
-        self._head = None
+        decoder = self._decoder
+        if decoder is not None:
+            decoder.end()
         if self._sink.sealed:
             return
-        bare = head.strip().removeprefix(b"\xef\xbb\xbf").strip()
-        if bare and self._read_bare(bare):
-            return
-        if fault := _stray_fault(self._decoder.stray, whole=True):
+        if self._only is not None and (fault := find_fault(_json(self._only), lenient=True)) is not None:
+            self._fail("provider_error", fault)
+        elif decoder is not None and (fault := _stray_fault(decoder.stray, whole=True)):
             self._fail("provider_error", fault)
         elif (reason := self._ending()) is not None:
             self._sink.complete(reason)
-        elif clean and bare and not bare.startswith(_FIELDS) and self._never_a_stream():
+        elif clean and whole and self.events and self._dialect.endings.clean_end:
+            self._sink.complete("done")
+        elif clean and (head := self._foreign()):
             what = f"{self._content_type}; it begins: " if self._content_type else "it begins: "
-            message = f"the body is not a stream of {self._dialect.name} events ({what}{shown(bare, 200)!r})"
+            message = f"the body is not a stream of {self._dialect.name} events ({what}{shown(head, 200)!r})"
             self._fail("protocol", Fault(kind="protocol", message=message))
         else:
             message = (
@@ -227,16 +269,91 @@ class BodyReader:
                 message = f"{message}: {cause}"
             self._fail("truncated", Fault(kind="truncated", message=message, temporary=True))
 
+    # --- the beginning and the end of a body ---
+
+    def _begin(self, framing: BodyFraming) -> tuple[_Decoder, bytes]:
+        """Go by this framing from now on. Return what was kept until it was clear, for the decoder to be fed."""
+        self._framing = framing
+        decoder = self._decoder = _DECODERS[framing](*self._limits)
+        self._seen_comments = 0
+        body = bytes(self._chooser.head)
+        self._chooser.head.clear()
+        return decoder, body
+
+    def _take_first(self, events: list[WireEvent]) -> None:
+        """Read events as long as nothing has shown that the body is a stream, rather than one JSON value in its place."""
+        if self._framing == "sse":
+            self._head = None
+            self._take(events)
+            return
+        alone = len(events) == 1 and not (self.events or self.skipped)
+        meant = self._take(events)
+        self._only = events[0].data if alone and not meant else None
+        if meant:
+            self._head = None
+
+    def _read_rest(self, *, clean: bool) -> bool:
+        """Read what the body's end left without its line end. True if nothing was left open. See the module."""
+        if self._sink.sealed:
+            return True
+        if self._decoder is None and self._chooser.head:
+            _, body = self._begin(self._chooser.end())
+            self.feed(body)
+        decoder = self._decoder
+        if decoder is None or self._sink.sealed:
+            return True
+        if isinstance(decoder, NDJSONDecoder | JSONArrayDecoder):
+            value = decoder.pending.strip()
+            whole = clean or value[:1] in {b"{", b"[", b'"'}
+            if value and whole and not _in_array(decoder) and _is_json(value):
+                self.feed(b"\n")
+            return not decoder.open
+        left = decoder.buffered_bytes
+        if clean:
+            self._read_last_block(decoder)
+        return not left
+
+    def _read_last_block(self, decoder: _Decoder) -> None:
+        """Look at the event that the body's end cut off before its empty line. See the module."""
+        try:
+            events = decoder.feed(b"\n\n")
+        except RemoteProtocolError:
+            return
+        for event in events:
+            try:
+                meant = self._dialect.reader().read(event.data, event.event)
+            except UnparseableError:
+                continue
+            if any(delta.fault is not None or delta.terminal for delta in meant):
+                self._head = None
+                self._take([event])
+
+    def _foreign(self) -> bytes:
+        """Return the beginning of a body that never was a stream of this dialect; b"" of one that may have been."""
+        head = bytes(self._head or b"").strip().removeprefix(b"\xef\xbb\xbf").strip()
+        if self._framing == "sse":
+            mute = not head.startswith(_FIELDS) and not self.events and not self.skipped
+        elif self._framing == self._dialect.framing:
+            mute = self.skipped > 0 and not self.events
+        else:
+            mute = not _in_array(self._decoder)
+        return head if mute else b""
+
     # --- events ---
 
-    def _take(self, events: list[WireEvent]) -> None:
+    def _take(self, events: list[WireEvent]) -> bool:
+        """Read events into the sink. True if any of them meant something."""
         sink = self._sink
         append = sink.append
         read = self._reader.read
+        meant = False
+        last_id = self._event_id
         for event in events:
             if sink.sealed:
-                return
+                self._event_id = last_id or ""
+                break
             data = event.data
+            last_id = event.id
             name = event.event
             try:
                 deltas = read(data, name)
@@ -249,9 +366,11 @@ class BodyReader:
                 self._marked = False
                 sink.mark(None)
             for delta in deltas:
+                meant = True
                 if delta.finish_reason is not None or delta.terminal or delta.fault is not None:
                     self._conclude(deltas)
                     break
+        return meant
 
     def _conclude(self, deltas: tuple[Delta, ...]) -> None:
         """Act on an event that says something of how the answer ends."""
@@ -284,62 +403,15 @@ class BodyReader:
         if not self._sink.sealed:
             self._sink.fail(reason, fault)
 
-    # --- what is not a stream ---
+    # --- what is outside of events ---
 
-    def _keep(self, body: bytes) -> None:
-        head = self._head
-        assert head is not None
-        if not self._head_limit:
-            first = (bytes(head[:16]) + body[:_HEAD_BYTES]).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-            if first:
-                self._head_limit = self._max_bare if first in b"{[" else _HEAD_BYTES
-        room = (self._head_limit or _HEAD_BYTES) - len(head)
-        if room > 0:
-            head += body[:room]
+    def _touch(self, comments: int) -> None:
+        if comments != self._seen_comments:
+            self._seen_comments = comments
+            self._sink.touch()
 
-    def _read_bare(self, bare: bytes) -> bool:
-        """Read a body that may be one JSON value in place of a stream. True if that decided the ending."""
-        if bare[:1] not in {b"{", b"["} or self.events or self.skipped:
-            return False
-        try:
-            deltas = self._reader.read(bare)
-        except UnparseableError:
-            return False
-        if any(delta.fault is not None or delta.finish_reason is not None for delta in deltas):
-            self._take_one(bare, deltas)
-        elif (fault := find_fault(_json(bare), lenient=True)) is not None:
-            self._fail("provider_error", fault)
-        return self._sink.sealed
-
-    def _take_one(self, data: bytes, deltas: tuple[Delta, ...], name: str = "") -> None:
-        self.events += 1
-        self._sink.append(data, name, deltas)
-        self._conclude(deltas)
-
-    def _never_a_stream(self) -> bool:
-        return not self.events and not self.skipped
-
-    def _read_last_block(self) -> None:
-        """Look at the event that the body's end cut off before its empty line. See the module."""
-        try:
-            events = self._decoder.feed(b"\n\n")
-        except RemoteProtocolError:
-            return
-        for event in events:
-            try:
-                meant = self._dialect.reader().read(event.data, event.event)
-            except UnparseableError:
-                continue
-            if any(delta.fault is not None or delta.terminal or self._ends(delta) for delta in meant):
-                self._head = None
-                self._take([event])
-
-    def _ends(self, delta: Delta) -> bool:
-        """Whether this finish reason is all that a dialect without an end marker says of its ending."""
-        return delta.finish_reason is not None and not self._dialect.endings.markers
-
-    def _look_at_stray(self) -> None:
-        stray = self._decoder.stray
+    def _look_at_stray(self, decoder: _Decoder) -> None:
+        stray = decoder.stray
         # Which events of this read came before the error is not known: they are all kept, but the error decides.
         self._stray_fault = _stray_fault(stray[self._seen_stray :])
         self._seen_stray = len(stray)
@@ -366,3 +438,15 @@ def _json(data: bytes) -> Any:
         return msgspec.json.decode(data)
     except (ValueError, RecursionError):
         return None
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        msgspec.json.decode(data)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _in_array(decoder: _Decoder | None) -> bool:
+    return isinstance(decoder, JSONArrayDecoder) and decoder.in_array

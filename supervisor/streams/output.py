@@ -255,6 +255,15 @@ class Output:
         """Give the outcome the usage that the provider stated for a stream that was abandoned, and its quality."""
         self._stream._reported_usage = (usage, quality)  # noqa: SLF001
 
+    def cleanup_failed(self, why: str) -> None:
+        """Have the outcome say what went wrong after the seal. It changes nothing about the ending."""
+        self._stream.cleanup_error = why
+
+    @property
+    def tail_seq(self) -> int:
+        """The last event of the journal; 0 if there is none."""
+        return self._journal.tail_seq
+
     @property
     def cleanup_s(self) -> float:
         """How long a source may take to end after the seal before the outcome is written without it."""

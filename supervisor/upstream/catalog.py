@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import attrs
 import httpx
+import msgspec
 
-from supervisor.dialects import Dialect
+from supervisor.dialects import Call, Dialect
 from supervisor.dialects.catalog import find
 from supervisor.dialects.openai_chat import OPENAI_CHAT
+from supervisor.dialects.prefill import PrefillForm, chat_continuation
 from supervisor.errors import ConfigurationError
 from supervisor.streams import Deadlines
 from supervisor.upstream.proxy import Proxy
@@ -27,13 +29,16 @@ from supervisor.upstream.retry import RetryPolicy
 from supervisor.upstream.source import HttpSource
 
 if TYPE_CHECKING:
-    from supervisor.upstream.source import Transport
+    from supervisor.upstream.attempt import Transport
+    from supervisor.upstream.ladder import Breaker
 
 __all__ = ["Credential", "Upstream", "discover"]
 
 MAX_SECRET_BYTES = 16 << 10
 MAX_HEADER_CHARS = 8 << 10
 MAX_HEADERS = 64
+
+_DECODER = msgspec.json.Decoder(dict[str, Any])
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
@@ -48,7 +53,6 @@ _OURS = frozenset(
         "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade",
     }
 )  # fmt: skip
-_PATHS: Mapping[str, str] = {"openai-chat": "/chat/completions"}
 
 _KNOWN: tuple[tuple[str, str, str], ...] = (
     ("openai", "OPENAI_API_KEY", "https://api.openai.com/v1"),
@@ -189,7 +193,8 @@ def _check_dialect(instance: Upstream, _: attrs.Attribute[Any], value: Dialect) 
 def _check_path(instance: Upstream, _: attrs.Attribute[Any], value: str | None) -> None:
     field = f"upstream {instance.name}: path"
     if value is None:
-        if instance.dialect.name not in _PATHS:
+        asking = instance.dialect.asking
+        if asking.path is None and asking.first is None:
             raise ConfigurationError(
                 field, value, f"a path, as the dialect {instance.dialect.name} has no default for it"
             )
@@ -238,6 +243,58 @@ def _instance_of(kind: type, *, optional: bool = False) -> Any:
     return check
 
 
+def _as_upstreams(value: Iterable[Upstream]) -> tuple[Upstream, ...]:
+    return tuple(value)
+
+
+def _as_models(value: Mapping[str, str]) -> Mapping[str, str]:
+    try:
+        return dict(value)
+    except (TypeError, ValueError):
+        raise ConfigurationError("upstream.models", type(value), "a mapping of names to names") from None
+
+
+def _check_models(instance: Upstream, _: attrs.Attribute[Any], value: Mapping[object, object]) -> None:
+    for ours, theirs in value.items():
+        if not isinstance(ours, str) or not isinstance(theirs, str) or not theirs:
+            raise ConfigurationError(
+                f"upstream {instance.name}: models", {ours: theirs}, "names of models, each a string"
+            )
+
+
+def _check_fallback(instance: Upstream, _: attrs.Attribute[Any], value: tuple[object, ...]) -> None:
+    field = f"upstream {instance.name}: fallback"
+    names = [instance.name]
+    for upstream in value:
+        if not isinstance(upstream, Upstream):
+            raise ConfigurationError(field, type(upstream), "upstreams")
+        if upstream.dialect != instance.dialect:
+            raise ConfigurationError(
+                field,
+                f"{upstream.name} ({upstream.dialect.name})",
+                f"upstreams of the same dialect, {instance.dialect.name}: a stream is read in one",
+            )
+        if upstream.name in names:
+            raise ConfigurationError(field, upstream.name, "other upstreams, each once")
+        names.append(upstream.name)
+
+
+def _check_prefill(instance: Upstream, _: attrs.Attribute[Any], value: str | None) -> None:
+    if value is None:
+        return
+    field = f"upstream {instance.name}: prefill"
+    if value not in get_args(PrefillForm):
+        raise ConfigurationError(field, value, f"one of {', '.join(get_args(PrefillForm))}")
+    if instance.dialect.name != "openai-chat":
+        raise ConfigurationError(
+            field, value, "nothing: only upstreams of the dialect openai-chat differ in it"
+        )
+
+
+def _as_object(request: Mapping[str, Any] | bytes) -> Mapping[str, Any]:
+    return _DECODER.decode(request) if isinstance(request, bytes) else request
+
+
 def _header_names(headers: Mapping[str, str]) -> str:
     return f"<{', '.join(headers)}>"
 
@@ -266,17 +323,64 @@ class Upstream:
     deadlines: Deadlines | None = attrs.field(default=None, validator=_instance_of(Deadlines, optional=True))
     """What streams of this upstream get that ask for none; None: the supervisor's."""
 
+    fallback: tuple[Upstream, ...] = attrs.field(
+        default=(), converter=_as_upstreams, validator=_check_fallback
+    )
+    """Asked in turn when this one fails before the first event (after it, if the policy's `resume` names `restart`). Of the
+    same dialect; their own fallbacks are not asked."""
+    models: Mapping[str, str] = attrs.field(
+        factory=dict, converter=_as_models, validator=_check_models, hash=False
+    )
+    """This upstream's names for models: a request's `model` that is a key here is sent as the value."""
+    prefill: PrefillForm | None = attrs.field(default=None, validator=_check_prefill)
+    """How an `openai-chat` server is told to go on from an assistant's text; None: it cannot be. Other dialects know."""
+
     @property
     def url(self) -> str:
-        """Where requests are posted."""
-        path = self.path if self.path is not None else _PATHS[self.dialect.name]
-        return f"{self.base_url.rstrip('/')}{path}"
+        """Where requests are posted; of a dialect whose path depends on the request, the base URL."""
+        path = self.path if self.path is not None else self.dialect.asking.path
+        return f"{self.base_url.rstrip('/')}{path or ''}"
+
+    def secret(self) -> str:
+        """Return the credential's secret, "" if there is no credential. Do not keep it. Raises ConfigurationError."""
+        return "" if self.credential is None else self.credential.secret()
+
+    def asked(self, request: Mapping[str, Any] | bytes) -> Mapping[str, Any]:
+        """Return a request as the JSON object that this upstream is asked with, the model named as it names it."""
+        asked = _as_object(request)
+        model = asked.get("model")
+        if isinstance(model, str) and model in self.models:
+            return {**asked, "model": self.models[model]}
+        return asked
+
+    def first(self, request: Mapping[str, Any] | bytes) -> Call | bytes:
+        """Return the call that starts an answer; bytes: a body to post to `url`. Raises ConfigurationError."""
+        asking = self.dialect.asking
+        if asking.first is not None:
+            return asking.first(self.asked(request), self.path or asking.path or "")
+        if isinstance(request, bytes) and not self.models:
+            return request
+        return msgspec.json.encode({**self.asked(request), "stream": True})
+
+    def continued(self, request: Mapping[str, Any] | bytes, text: str) -> Mapping[str, Any] | str:
+        """Return the request that has the model go on after a text of its own, or the reason why there is none."""
+        make = self.dialect.asking.continuation
+        if make is None and self.prefill is not None:
+            make = chat_continuation(self.prefill)
+        if make is None:
+            return f"{self.name} is not known to take the beginning of an answer"
+        return make(self.asked(request), text)
 
     def source(
-        self, request: Mapping[str, Any] | bytes, *, transport: Transport, retry: RetryPolicy | None = None
+        self,
+        request: Mapping[str, Any] | bytes,
+        *,
+        transport: Transport,
+        retry: RetryPolicy | None = None,
+        circuits: Callable[[str], Breaker | None] | None = None,
     ) -> HttpSource:
-        """Return the source for one request. Raises ConfigurationError for a bad body or a missing credential."""
-        return HttpSource(self, request, transport=transport, retry=retry)
+        """Return the source for one request. Raises ConfigurationError for a bad request or a missing credential."""
+        return HttpSource(self, request, transport=transport, retry=retry, circuits=circuits)
 
 
 def discover(environ: Mapping[str, str] | None = None) -> list[Upstream]:

@@ -1,90 +1,63 @@
-"""`HttpSource`: one request to a provider, made as often as the retry policy allows, read into a stream.
+"""`HttpSource`: one request to a provider, made as often as the ladder allows, read into a stream.
 
-The chain from bytes to journal is one synchronous call (`BodyReader.feed`); what is here is around it: build the request,
-open an exchange, read, and decide what becomes of an attempt that failed. That decision is made in one place. Whatever
-ends an attempt badly (no connection, an HTTP error, a body that breaks off, an error from the provider) becomes a
-`_Failure`, and only `__call__` turns that into another attempt or into the stream's ending. To that end the reader does not
-write to the stream's `Output` but to a `_Attempt`, which passes everything on at once, except a failure, and an error
-that comes before any event: those it keeps. Nothing is awaited between the failure and the decision.
+The chain from bytes to journal is one synchronous call (`BodyReader.feed`); what is here is around it. `attempt.py` makes one
+attempt and returns how it failed; `ladder.py` decides, without any I/O, what is done then; this file carries that out.
 
-Providers are sent a credential, and some repeat it. Everything that comes back is looked through for it before it reaches
-a fault, a journal or a message: see `supervisor.upstream.veil`.
+A stream that was stopped, or given up, may leave the provider generating for nobody. Where the provider can be told, it is told,
+and asked what the answer used, in what remains of the cleanup time.
 """
 
 from __future__ import annotations
 
 import random
-import ssl
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
-import attrs
-import httpx
 import msgspec
 import trio
 
-from supervisor.dialects import Delta, Dialect, Fault
-from supervisor.dialects.reading import BodyReader
-from supervisor.errors import (
-    ConfigurationError,
-    ConnectError,
-    RemoteProtocolError,
-    UpstreamClosedError,
-    UpstreamError,
-)
-from supervisor.upstream.exchange import Exchange
-from supervisor.upstream.retry import RetryPolicy, retry_after_s, should_retry
-from supervisor.upstream.veil import veil_for
+from supervisor.dialects import Dialect, Fault
+from supervisor.errors import ConfigurationError, UpstreamError
+from supervisor.upstream.attempt import Attempt, Transport, ask
+from supervisor.upstream.ladder import Breaker, Failure, Ladder, Standing, Step
+from supervisor.upstream.retry import RetryPolicy
 
 if TYPE_CHECKING:
     from supervisor.streams import Output
-    from supervisor.streams.attempts import Rung
     from supervisor.upstream.catalog import Upstream
 
 __all__ = ["HttpSource", "Transport"]
 
 MAX_REQUEST_BYTES: Final = 32 << 20
 """The largest request body."""
-ERROR_BODY_BYTES: Final = 64 << 10
-"""How much of an error response is read."""
-ERROR_BODY_S: Final = 5.0
-"""How long the body of an error response is waited for, in seconds: its status is known already."""
 
-_CAUSE_CHARS: Final = 500
-
-
-class Transport(Protocol):
-    """What a source needs of `StreamTransport`."""
-
-    async def open(self, request: httpx.Request, *, on_sent: Callable[[], None] | None = None) -> Exchange:
-        """Send a request, call `on_sent` when all of it is sent, return when the response's head is there."""
-        ...
-
-
-@attrs.frozen
-class _Failure:
-    """How an attempt failed: what the stream's outcome will say, unless there is another attempt."""
-
-    reason: str
-    fault: Fault
-    again: bool
-    """Whether another attempt may help."""
-    event: tuple[bytes, str, tuple[Delta, ...]] | None = None
-    """The upstream's event that told it, where it was the first: for the journal, if it is the ending."""
+_RETRIEVED_BYTES: Final = 8 << 20
+_CLEANUP_SHARE: Final = 0.8
+_ASK_AGAIN_S: Final = 0.25
 
 
 class HttpSource:
-    """A source that posts one request to an upstream and reads its stream.
+    """A source that sends one request to an upstream and reads its stream.
 
-    upstream: where and how. request: the JSON object to post, or its bytes; `"stream": true` is put in where it is
-    missing. transport: shared by all streams. retry: in place of the upstream's policy.
+    upstream: where and how. request: the JSON object to send, or its bytes; `"stream": true` is put in where it is
+    missing and the dialect wants it. transport: shared by all streams. retry: in place of the upstream's policy. circuits:
+    returns the circuit of an upstream by its name.
 
-    Attempts are repeated only before the first event. Cancelled, it closes its connection at once, in whatever phase.
-    Raises ConfigurationError for a request that is no JSON object, is too large, or says `"stream": false`, and for a
-    credential that is missing: it is looked for here, and read again for each attempt.
+    Cancelled, it closes its connection at once, in whatever phase. Raises ConfigurationError for a request that is no JSON
+    object, is too large, or says `"stream": false`, and for a credential that is missing, of any upstream that may be asked:
+    they are looked for here, and read again for each attempt.
     """
 
-    __slots__ = ("_body", "_draw", "_retry", "_transport", "_upstream", "dialect", "upstream")
+    __slots__ = (
+        "_circuits",
+        "_draw",
+        "_request",
+        "_retry",
+        "_targets",
+        "_transport",
+        "dialect",
+        "upstream",
+    )
 
     def __init__(
         self,
@@ -93,264 +66,162 @@ class HttpSource:
         *,
         transport: Transport,
         retry: RetryPolicy | None = None,
+        circuits: Callable[[str], Breaker | None] | None = None,
         draw: Callable[[], float] = random.random,
     ) -> None:
-        self._upstream = upstream
-        self._body = _streaming_body(request)
+        self._request = _as_bytes(request, streaming=upstream.dialect.asking.first is None)
         self._transport = transport
         self._retry = upstream.retry if retry is None else retry
+        self._circuits = circuits or _no_circuit
         self._draw = draw
+        self._targets = (upstream, *upstream.fallback)
         self.dialect: Dialect = upstream.dialect
         self.upstream: str = upstream.name
-        self._credential()
+        for target in self._targets:  # what is wrong with a request or a credential is told now
+            target.first(self._request)
+            target.secret()
 
     def __repr__(self) -> str:
-        return f"<HttpSource {self._upstream.name}: {len(self._body)} bytes to {self._upstream.url}>"
+        return f"<HttpSource {self.upstream}: {len(self._request)} bytes to {self._targets[0].url}>"
 
     async def __call__(self, out: Output, /) -> None:
         """Make attempts until the stream is sealed. The stream's clocks bound all that is waited for here."""
-        number, cause, delay_s = 1, None, 0.0
+        climb = _Climb(self, out)
+        try:
+            await climb.run()
+        finally:
+            if out.abandoned:
+                with trio.move_on_after(_CLEANUP_SHARE * out.cleanup_s, shield=True):
+                    await climb.stop_there()
+
+    def _ladder(self) -> Ladder:
+        return Ladder(self._request, self._targets, self._retry, draw=self._draw, breakers=self._circuits)
+
+
+class _Climb:
+    """The attempts of one stream."""
+
+    __slots__ = ("_attempt", "_ladder", "_last_event_id", "_last_payload", "_out", "_source", "_step")
+
+    def __init__(self, source: HttpSource, out: Output) -> None:
+        self._source = source
+        self._out = out
+        self._ladder = source._ladder()  # noqa: SLF001  # one object in two: what is shared by runs, and one run
+        self._attempt: Attempt | None = None
+        self._step: Step | None = None
+        self._last_payload = b""
+        self._last_event_id = ""
+
+    async def run(self) -> None:
+        out, ladder = self._out, self._ladder
+        step = ladder.first(trio.current_time())
         while True:
-            rung: Rung | None = None if number == 1 else "retry"
-            out.attempt(number, cause=cause, delay_s=round(delay_s, 3), rung=rung, upstream=self.upstream)
-            failure = await self._attempt(out)
+            out.attempt(
+                ladder.made,
+                cause=step.cause,
+                delay_s=round(step.delay_s, 3),
+                rung=step.rung,
+                dropped=step.dropped,
+                upstream=step.upstream.name,
+                **step.details,
+            )
+            failure = await self._make(step)
             if failure is None or out.sealed:
                 return
-            again = self._retry.delay_s(number, asked_s=failure.fault.retry_after_s, draw=self._draw)
-            if not failure.again or again is None:
-                if failure.event is not None:
-                    out.append(*failure.event)
-                out.fail(failure.reason, _counted(failure.fault, number))
+            if out.stopping:
+                out.stop(failure.fault)
                 return
-            cause, delay_s = f"{failure.reason}: {failure.fault.message}"[:_CAUSE_CHARS], again
+            further = ladder.next(failure, self._standing(), trio.current_time())
+            if further is None:
+                self._fail(ladder.last(failure))
+                return
             out.waiting()
-            await trio.sleep(delay_s)
-            number += 1
+            await trio.sleep(further.delay_s)
+            step = further
 
-    # --- one attempt -------------------------------------------------------------------------------------------------
-
-    async def _attempt(self, out: Output) -> _Failure | None:
-        """Make one attempt. None: the stream is sealed."""
-        secret, request = self._request()
-        attempt = _Attempt(out, secret, self.dialect)
+    async def _make(self, step: Step) -> Failure | None:
+        source, circuit = self._source, self._source._circuits(step.upstream.name)  # noqa: SLF001  # as above
+        goes_on = step.rung == "sequence" and self._attempt is not None
+        self._step = step
+        self._attempt = attempt = Attempt(
+            self._out,
+            step.upstream,
+            transport=source._transport,  # noqa: SLF001
+            policy=source._retry,  # noqa: SLF001
+            ends=step.upstream.dialect.asking.resume_ends if step.rung == "sequence" else frozenset(),
+            reader=self._attempt.reader if goes_on and self._attempt is not None else None,
+            on_begun=None if circuit is None else lambda: circuit.succeeded(trio.current_time()),
+        )
+        failure: Failure | None = None
         try:
-            exchange = await self._transport.open(request, on_sent=attempt.sent)
-        except UpstreamError as exc:
-            return attempt.hide(_not_opened(exc))
-        if not attempt.connected:  # an answer that came before the whole request was sent
-            attempt.sent()
-        out.on_abort(exchange.abort)
-        try:
-            if 200 <= exchange.status < 300:
-                return await self._read(exchange, attempt)
-            return attempt.hide(await self._refused(exchange))
-        except trio.ClosedResourceError:
-            # The seal closed the exchange while this task was about to run: no cancel was delivered to it.
-            if not out.sealed:
-                raise
-            return None
+            failure = await attempt.run(step.call)
         finally:
-            out.on_abort(None)
-            exchange.abort()  # of no effect after the aclose of an exchange that ended well
+            if circuit is not None:
+                if failure is not None and (failure.again or failure.began):
+                    circuit.failed(trio.current_time())
+                elif not attempt.begun:
+                    circuit.abandoned(trio.current_time())
+        self._last_payload = attempt.last_payload or self._last_payload
+        if attempt.body is not None:
+            self._last_event_id = attempt.body.last_event_id or self._last_event_id
+        return failure
 
-    async def _read(self, exchange: Exchange, attempt: _Attempt) -> _Failure | None:
-        encoding = exchange.headers.get("content-encoding", "identity").strip().lower()
-        if encoding not in ("", "identity"):
-            message = f"the response is encoded as {encoding[:40]!r}, though only identity was asked for"
-            return attempt.hide(_Failure("protocol", Fault(kind="protocol", message=message), again=False))
-        out = attempt.out
-        reader = BodyReader(
-            self.dialect,
-            attempt,
-            content_type=exchange.headers.get("content-type"),
-            max_line_bytes=out.max_event_bytes,  # an event is most often one line
-            max_event_bytes=out.max_event_bytes,
+    def _standing(self) -> Standing:
+        out, attempt = self._out, self._attempt
+        retry_ms = None if attempt is None or attempt.body is None else attempt.body.retry_ms
+        return Standing(
+            begun=out.begun,
+            answer=out.answer,
+            seq=out.tail_seq,
+            last_payload=self._last_payload,
+            last_event_id=self._last_event_id,
+            retry_s=None if retry_ms is None else retry_ms / 1000,
         )
-        broken: RemoteProtocolError | None = None
-        while not attempt.sealed:
+
+    def _fail(self, failure: Failure) -> None:
+        out, ladder = self._out, self._ladder
+        if failure.event is not None:
+            out.append(*failure.event)
+        if ladder.telling:
+            out.note(not_resumed=ladder.passed_over)
+        out.fail(failure.reason, _counted(failure.fault, ladder.made))
+
+    async def stop_there(self) -> None:
+        """Have the provider stop an answer that nobody will read, and report what it used. Bounded by the caller."""
+        step, out = self._step, self._out
+        if step is None:
+            return
+        upstream, transport = step.upstream, self._source._transport  # noqa: SLF001  # as above
+        asking, response_id = upstream.dialect.asking, out.answer.response_id
+        if asking.cancel is None or response_id is None:
+            return
+        request = upstream.asked(self._source._request)  # noqa: SLF001
+        call = asking.cancel(request, response_id)
+        while call is not None:
             try:
-                data = await exchange.receive()
-            except UpstreamClosedError as exc:
-                reader.end(clean=False, cause=str(exc))
-                break
-            except RemoteProtocolError as exc:
-                broken = exc
-                reader.end(clean=False, cause=str(exc))
-                break
-            if not data:
-                reader.end(clean=True)
-                break
-            reader.feed(data)
-            out.flush()
-            if out.congested:
-                await out.flow()
-        if reader.terminal or exchange.at_end:
-            await exchange.aclose()
-        if attempt.failed is None:
-            return None
-        reason, fault = attempt.failed
-        if broken is not None and reason == "truncated":
-            reason, fault = "protocol", Fault(kind="protocol", message=str(broken))
-        again = not attempt.begun and (
-            reason == "truncated" or (reason == "provider_error" and fault.temporary)
-        )
-        return attempt.hide(_Failure(reason, fault, again, attempt.told))
-
-    async def _refused(self, exchange: Exchange) -> _Failure:
-        """Read an HTTP error."""
-        status, headers = exchange.status, exchange.headers
-        if status in (301, 302, 303, 307, 308):
-            message = (
-                f"the upstream redirects (HTTP {status}) to {_place(headers.get('location', ''))}; redirects are not "
-                f"followed, as they would take the request and its credential elsewhere: correct the base_url"
-            )
-            return _Failure(
-                "http_status", Fault(kind="invalid_request", message=message, status=status), again=False
-            )
-        body = bytearray()
-        with trio.move_on_after(ERROR_BODY_S):
-            try:
-                while len(body) < ERROR_BODY_BYTES and (data := await exchange.receive()):
-                    body += data
-            except UpstreamError:
-                pass  # the status stands, with as much of the message as has come
-        if exchange.at_end:
-            await exchange.aclose()
-        if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
-            body.clear()
-        fault = self.dialect.fault(status, bytes(body[:ERROR_BODY_BYTES]))
-        if (asked := retry_after_s(headers)) is not None:
-            fault = msgspec.structs.replace(fault, retry_after_s=asked)
-        return _Failure("http_status", fault, should_retry(self._retry, status, fault, headers))
-
-    def _request(self) -> tuple[str, httpx.Request]:
-        upstream = self._upstream
-        secret = self._credential()
-        headers = httpx.Headers(
-            {
-                "Content-Type": "application/json",
-                "Accept": "text/event-stream",
-                "Accept-Encoding": "identity",
-                "User-Agent": "stream-supervisor",
-            }
-        )
-        headers.update(upstream.headers)
-        if upstream.credential is not None:
-            name, value = upstream.credential.header_for(secret)
-            headers[name] = value
-        extensions: dict[str, Any] = {}
-        if upstream.proxy is not None:
-            extensions["proxy"] = None if upstream.proxy == "direct" else upstream.proxy
-        return secret, httpx.Request(
-            "POST", upstream.url, headers=headers, content=self._body, extensions=extensions
-        )
-
-    def _credential(self) -> str:
-        credential = self._upstream.credential
-        return "" if credential is None else credential.secret()
-
-
-class _Attempt:
-    """The sink of one attempt: passes on everything but failures, and lets no credential through."""
-
-    __slots__ = ("_dialect", "_veil", "begun", "connected", "failed", "out", "told")
-
-    def __init__(self, out: Output, secret: str, dialect: Dialect) -> None:
-        self.out = out
-        self._dialect = dialect
-        self.failed: tuple[str, Fault] | None = None
-        self.connected = False
-        self.begun = False
-        """Whether anything of this attempt is in the journal."""
-        self.told: tuple[bytes, str, tuple[Delta, ...]] | None = None
-        self._veil = veil_for(secret, out.max_event_bytes)
-
-    @property
-    def sealed(self) -> bool:
-        return self.failed is not None or self.out.sealed
-
-    def sent(self) -> None:
-        self.connected = True
-        self.out.connected()
-
-    def append(self, payload: bytes, name: str, deltas: tuple[Delta, ...]) -> None:
-        veil = self._veil
-        if veil is not None and veil.needed(payload, name, deltas):
-            payload, name, deltas = veil.event(payload, name, deltas, self._dialect)
-        if not self.begun:
-            if any(delta.fault is not None for delta in deltas):
-                self.told = (payload, name, deltas)
+                status, body = await ask(transport, upstream, call, max_bytes=_RETRIEVED_BYTES)
+            except (UpstreamError, ConfigurationError) as exc:
+                out.cleanup_failed(f"the provider could not be told to stop: {exc}")
                 return
-            self.begun = True
-        self.out.append(payload, name, deltas)
-
-    def skip(self, payload: bytes, why: str) -> None:
-        self.begun = True
-        veil = self._veil
-        if veil is not None:
-            payload, why = veil.payload(payload), veil.shortened(why)
-        self.out.skip(payload, why)
-
-    def touch(self) -> None:
-        self.out.touch()
-
-    def mark(self, reason: str | None) -> None:
-        self.out.mark(reason if reason is None else self._hidden(reason))
-
-    def complete(self, reason: str) -> bool:
-        return self.out.complete(self._hidden(reason))
-
-    def fail(self, reason: str, fault: Fault) -> bool:
-        self.failed = (reason, fault)
-        return True
-
-    def hide(self, failure: _Failure) -> _Failure:
-        """Return a failure without the credential."""
-        return failure if self._veil is None else attrs.evolve(failure, fault=self._veil.fault(failure.fault))
-
-    def _hidden(self, reason: str) -> str:
-        return reason if self._veil is None else self._veil.shortened(reason)
+            usage = asking.usage(body) if asking.usage is not None and 200 <= status < 300 else None
+            if usage is not None:
+                out.report_usage(usage, "exact")
+                return
+            if not 200 <= status < 300 and call.method != "GET":
+                message = upstream.dialect.fault(status, body).message
+                out.cleanup_failed(f"the provider refused to stop: {message}")
+                return
+            if call.method == "GET":
+                await trio.sleep(_ASK_AGAIN_S)
+            call = asking.retrieve(request, response_id) if asking.retrieve is not None else None
 
 
-def _not_opened(exc: UpstreamError) -> _Failure:
-    fault = Fault(kind="network", message=str(exc), temporary=True)
-    if isinstance(exc, ConnectError):
-        if _distrusted(exc):
-            return _Failure("connect", msgspec.structs.replace(fault, temporary=False), again=False)
-        return _Failure("connect", fault, again=True)
-    if isinstance(exc, UpstreamClosedError):
-        return _Failure("truncated", fault, again=True)
-    return _Failure("protocol", Fault(kind="protocol", message=str(exc)), again=False)
+def _no_circuit(name: str) -> None:
+    del name
 
 
-def _distrusted(exc: BaseException | None) -> bool:
-    """Say whether a connection was refused by us, for its certificate: trying again changes nothing."""
-    while exc is not None:
-        if isinstance(exc, ssl.SSLCertVerificationError):
-            return True
-        exc = exc.__cause__
-    return False
-
-
-def _counted(fault: Fault, attempts: int) -> Fault:
-    if attempts == 1:
-        return fault
-    return msgspec.structs.replace(fault, message=f"{fault.message} (after {attempts} attempts)")
-
-
-def _place(location: str) -> str:
-    """Return scheme and host of a URL: the rest of it may hold secrets."""
-    try:
-        url = httpx.URL(location)
-    except httpx.InvalidURL:
-        return "an invalid address"
-    if not url.host:
-        return "another path on the same host"
-    return f"{url.scheme or 'https'}://{url.host}"
-
-
-def _streaming_body(request: Mapping[str, Any] | bytes) -> bytes:
-    """Return the body to post, with `"stream": true` in it."""
+def _as_bytes(request: Mapping[str, Any] | bytes, *, streaming: bool) -> bytes:
+    """Return the request as JSON; `streaming`: with `"stream": true` in it."""
     given = request if isinstance(request, bytes) else None
     if given is not None:
         try:
@@ -362,13 +233,19 @@ def _streaming_body(request: Mapping[str, Any] | bytes) -> bytes:
     stream = request.get("stream")
     if stream not in (None, True):
         raise ConfigurationError("request.stream", stream, "true, or nothing: a supervised stream is one")
-    if given is not None and stream is True:
+    if given is not None and (stream is True or not streaming):
         body = given
     else:
         try:
-            body = msgspec.json.encode({**request, "stream": True})
+            body = msgspec.json.encode({**request, "stream": True} if streaming else dict(request))
         except (TypeError, ValueError, RecursionError) as exc:
             raise ConfigurationError("request", f"({type(exc).__name__})", f"JSON values: {exc}") from None
     if len(body) > MAX_REQUEST_BYTES:
         raise ConfigurationError("request", f"({len(body)} bytes)", f"at most {MAX_REQUEST_BYTES} bytes")
     return body
+
+
+def _counted(fault: Fault, attempts: int) -> Fault:
+    if attempts == 1:
+        return fault
+    return msgspec.structs.replace(fault, message=f"{fault.message} (after {attempts} attempts)")

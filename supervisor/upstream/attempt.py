@@ -1,0 +1,383 @@
+"""One attempt: one connection to an upstream, read into a stream until the answer, the body or the connection ends.
+
+Whatever ends an attempt badly (no connection, an HTTP error, a body that breaks off, an error from the provider) becomes a
+`Failure`, which it returns. To that end the reader does not write to the stream's `Output` but to the attempt, which passes
+everything on at once, except a failure, and an error that comes before any event: those it keeps. Nothing is awaited between
+the failure and the return, so that nothing can come between the failure and the decision on it.
+
+Providers are sent a credential, and some repeat it. Everything that comes back is looked through for it before it reaches
+a fault, a journal or a message: see `supervisor.upstream.veil`.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import attrs
+import httpx
+import msgspec
+import trio
+
+from supervisor.dialects import Call, Delta, Fault, Reader
+from supervisor.dialects.reading import BodyReader
+from supervisor.errors import ConnectError, RemoteProtocolError, UpstreamClosedError, UpstreamError
+from supervisor.upstream.exchange import Exchange
+from supervisor.upstream.ladder import Failure
+from supervisor.upstream.retry import RetryPolicy, retry_after_s, should_retry
+from supervisor.upstream.veil import veil_for
+
+if TYPE_CHECKING:
+    from supervisor.streams import Output
+    from supervisor.upstream.catalog import Upstream
+
+__all__ = ["Attempt", "Transport", "ask", "make_request"]
+
+ERROR_BODY_BYTES: Final = 64 << 10
+"""How much of an error response is read."""
+ERROR_BODY_S: Final = 5.0
+"""How long the body of an error response is waited for, in seconds: its status is known already."""
+MAX_REDIRECTS: Final = 5
+"""How many redirects one attempt follows."""
+
+_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+_NO_STREAM: Final = frozenset({204, 205})
+_ACCEPT: Final[Mapping[str, str]] = {
+    "sse": "text/event-stream",
+    "ndjson": "application/x-ndjson",
+    "json-array": "application/json",
+}
+
+
+class Transport(Protocol):
+    """What a source needs of `StreamTransport`."""
+
+    async def open(self, request: httpx.Request, *, on_sent: Callable[[], None] | None = None) -> Exchange:
+        """Send a request, call `on_sent` when all of it is sent, return when the response's head is there."""
+        ...
+
+
+class Attempt:
+    """One attempt, and the sink of its reader. `run` makes it; what it has learned is there afterwards.
+
+    policy: which statuses are worth another attempt. ends: the HTTP statuses that say there is nothing more. reader: reads
+    on where an earlier attempt of the same response stopped.
+    """
+
+    __slots__ = (
+        "_ends",
+        "_policy",
+        "_transport",
+        "_upstream",
+        "_veil",
+        "begun",
+        "body",
+        "connected",
+        "failed",
+        "last_payload",
+        "on_begun",
+        "out",
+        "reader",
+        "told",
+    )
+
+    def __init__(
+        self,
+        out: Output,
+        upstream: Upstream,
+        *,
+        transport: Transport,
+        policy: RetryPolicy,
+        ends: frozenset[int] = frozenset(),
+        reader: Reader | None = None,
+        on_begun: Callable[[], None] | None = None,
+    ) -> None:
+        self.out = out
+        self._upstream = upstream
+        self._transport = transport
+        self._policy = policy
+        self._ends = ends
+        self._veil = veil_for("", out.max_event_bytes)
+        self.reader = upstream.dialect.reader() if reader is None else reader
+        self.on_begun = on_begun
+        """Called when the first event has come."""
+        self.failed: tuple[str, Fault] | None = None
+        self.connected = False
+        self.begun = False
+        """Whether anything of this attempt is in the journal."""
+        self.last_payload = b""
+        self.told: tuple[bytes, str, tuple[Delta, ...]] | None = None
+        self.body: BodyReader | None = None
+
+    def __repr__(self) -> str:
+        return f"<Attempt at {self._upstream.name}{', begun' if self.begun else ''}>"
+
+    async def run(self, call: Call | bytes) -> Failure | None:
+        """Make the attempt. None: the stream is sealed."""
+        secret = self._upstream.secret()
+        self._veil = veil_for(secret, self.out.max_event_bytes)
+        request = make_request(self._upstream, call, secret)
+        for _ in range(MAX_REDIRECTS + 1):
+            answered = await self._exchange(request)
+            if not isinstance(answered, httpx.Request):
+                break
+            request = answered
+        else:
+            fault = Fault(kind="protocol", message=f"the upstream redirects more than {MAX_REDIRECTS} times")
+            answered = Failure("http_status", fault, again=False)
+        if answered is None:
+            return None
+        failure = answered
+        if self._veil is not None:
+            failure = attrs.evolve(failure, fault=self._veil.fault(failure.fault))
+        return failure
+
+    async def _exchange(self, request: httpx.Request) -> Failure | httpx.Request | None:
+        try:
+            exchange = await self._transport.open(request, on_sent=self._sent)
+        except UpstreamError as exc:
+            return _not_opened(exc)
+        if not self.connected:  # an answer that came before the whole request was sent
+            self._sent()
+        out = self.out
+        out.on_abort(exchange.abort)
+        try:
+            if exchange.status in self._ends:
+                out.complete(out.answer.finish_reason or "done")
+                return None
+            if 200 <= exchange.status < 300 and exchange.status not in _NO_STREAM:
+                return await self._read(exchange)
+            if exchange.status in _REDIRECTS:
+                return self._redirected(request, exchange)
+            return await self._refused(exchange)
+        except trio.ClosedResourceError:
+            # The seal closed the exchange while this task was about to run: no cancel was delivered to it.
+            if not out.sealed:
+                raise
+            return None
+        finally:
+            out.on_abort(None)
+            exchange.abort()  # of no effect after the aclose of an exchange that ended well
+
+    async def _read(self, exchange: Exchange) -> Failure | None:
+        encoding = exchange.headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("", "identity"):
+            message = f"the response is encoded as {encoding[:40]!r}, though only identity was asked for"
+            return Failure("protocol", Fault(kind="protocol", message=message), again=False)
+        out = self.out
+        reader = self.body = BodyReader(
+            self._upstream.dialect,
+            self,
+            content_type=exchange.headers.get("content-type"),
+            max_line_bytes=out.max_event_bytes,  # an event is most often one line
+            max_event_bytes=out.max_event_bytes,
+            reader=self.reader,
+        )
+        broken: RemoteProtocolError | None = None
+        while not self.sealed:
+            try:
+                data = await exchange.receive()
+            except UpstreamClosedError as exc:
+                reader.end(clean=False, cause=str(exc))
+                break
+            except RemoteProtocolError as exc:
+                broken = exc
+                reader.end(clean=False, cause=str(exc))
+                break
+            if not data:
+                reader.end(clean=True)
+                break
+            reader.feed(data)
+            out.flush()
+            if out.congested:
+                await out.flow()
+        if reader.terminal or exchange.at_end:
+            await exchange.aclose()
+        if self.failed is None:
+            return None
+        reason, fault = self.failed
+        if broken is not None and reason == "truncated":
+            reason, fault = "protocol", Fault(kind="protocol", message=str(broken))
+        again = reason == "truncated" or (reason == "provider_error" and fault.temporary)
+        return Failure(reason, fault, again, self.told, self.begun)
+
+    def _redirected(self, request: httpx.Request, exchange: Exchange) -> Failure | httpx.Request:
+        """Follow a redirect of a GET where the credential goes nowhere else; refuse any other."""
+        location = exchange.headers.get("location", "")
+        try:
+            url = request.url.join(location) if location else None
+        except httpx.InvalidURL:
+            url = None
+        origin = (request.url.scheme, request.url.host, request.url.port)
+        if url is not None and request.method == "GET" and (url.scheme, url.host, url.port) == origin:
+            return httpx.Request("GET", url, headers=request.headers, extensions=request.extensions)
+        message = (
+            f"the upstream redirects (HTTP {exchange.status}) to {_place(location)}; only a GET is redirected, and only on "
+            f"the same host, as anything else would take the request and its credential elsewhere: correct the base_url"
+        )
+        fault = Fault(kind="invalid_request", message=message, status=exchange.status)
+        return Failure("http_status", fault, again=False)
+
+    async def _refused(self, exchange: Exchange) -> Failure:
+        """Read an HTTP error."""
+        status, headers = exchange.status, exchange.headers
+        if status in _NO_STREAM:
+            fault = Fault(
+                kind="protocol", message=f"the upstream answered HTTP {status}: no stream", status=status
+            )
+            return Failure("http_status", fault, again=False)
+        body = bytearray()
+        with trio.move_on_after(ERROR_BODY_S):
+            try:
+                while len(body) < ERROR_BODY_BYTES and (data := await exchange.receive()):
+                    body += data
+            except UpstreamError:
+                pass  # the status stands, with as much of the message as has come
+        if exchange.at_end:
+            await exchange.aclose()
+        if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+            body.clear()
+        fault = self._upstream.dialect.fault(status, bytes(body[:ERROR_BODY_BYTES]))
+        if (asked := retry_after_s(headers)) is not None:
+            fault = msgspec.structs.replace(fault, retry_after_s=asked)
+        return Failure("http_status", fault, should_retry(self._policy, status, fault, headers))
+
+    def _sent(self) -> None:
+        self.connected = True
+        self.out.connected()
+
+    # --- the sink of the reader --------------------------------------------------------------------------------------
+
+    @property
+    def sealed(self) -> bool:
+        """Whether nothing more is to be read: the attempt has failed, or the stream is sealed."""
+        return self.failed is not None or self.out.sealed
+
+    def append(self, payload: bytes, name: str, deltas: tuple[Delta, ...]) -> None:
+        """Take one wire event."""
+        veil = self._veil
+        if veil is not None and veil.needed(payload, name, deltas):
+            payload, name, deltas = veil.event(payload, name, deltas, self._upstream.dialect)
+        if not self.begun:
+            if any(delta.fault is not None for delta in deltas):
+                self.told = (payload, name, deltas)
+                return
+            self._begin()
+        self.last_payload = payload
+        self.out.append(payload, name, deltas)
+
+    def skip(self, payload: bytes, why: str) -> None:
+        """Take an event that could not be read."""
+        if not self.begun:
+            self._begin()
+        veil = self._veil
+        if veil is not None:
+            payload, why = veil.payload(payload), veil.shortened(why)
+        self.out.skip(payload, why)
+
+    def touch(self) -> None:
+        """Learn that the upstream is alive."""
+        self.out.touch()
+
+    def mark(self, reason: str | None) -> None:
+        """Learn that the answer has ended as far as seen, or (None) that it has not."""
+        self.out.mark(reason if reason is None else self._hidden(reason))
+
+    def complete(self, reason: str) -> bool:
+        """Seal the stream as completed."""
+        return self.out.complete(self._hidden(reason))
+
+    def fail(self, reason: str, fault: Fault) -> bool:
+        """Keep a failure for whoever made the attempt."""
+        self.failed = (reason, fault)
+        return True
+
+    def _begin(self) -> None:
+        self.begun = True
+        if self.on_begun is not None:
+            self.on_begun()
+
+    def _hidden(self, reason: str) -> str:
+        return reason if self._veil is None else self._veil.shortened(reason)
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+
+def make_request(upstream: Upstream, call: Call | bytes, secret: str) -> httpx.Request:
+    """Return the HTTP request for a call; bytes are a body to post to the upstream's path."""
+    method, body, url = "POST", call if isinstance(call, bytes) else b"", upstream.url
+    headers = httpx.Headers(
+        {
+            "Accept": _ACCEPT.get(upstream.dialect.framing, "*/*"),
+            "Accept-Encoding": "identity",
+            "User-Agent": "stream-supervisor",
+        }
+    )
+    if isinstance(call, Call):
+        method, url = call.method, upstream.base_url.rstrip("/") + call.path
+        headers.update(call.headers)
+        body = b"" if call.body is None else msgspec.json.encode(call.body)
+    if method == "POST":
+        headers["Content-Type"] = "application/json"
+    headers.update(upstream.headers)
+    if upstream.credential is not None:
+        name, value = upstream.credential.header_for(secret)
+        headers[name] = value
+    extensions: dict[str, Any] = {}
+    if upstream.proxy is not None:
+        extensions["proxy"] = None if upstream.proxy == "direct" else upstream.proxy
+    return httpx.Request(
+        method, url, headers=headers, content=body if method == "POST" else None, extensions=extensions
+    )
+
+
+async def ask(transport: Transport, upstream: Upstream, call: Call, *, max_bytes: int) -> tuple[int, bytes]:
+    """Make a request that is no stream; return the status and at most so much of the body. Raises UpstreamError."""
+    exchange = await transport.open(make_request(upstream, call, upstream.secret()))
+    try:
+        body = bytearray()
+        while len(body) < max_bytes and (data := await exchange.receive()):
+            body += data
+        if exchange.at_end:
+            await exchange.aclose()
+        return exchange.status, bytes(body[:max_bytes])
+    finally:
+        exchange.abort()  # of no effect after the aclose of an exchange that ended well
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+def _not_opened(exc: UpstreamError) -> Failure:
+    fault = Fault(kind="network", message=str(exc), temporary=True)
+    if isinstance(exc, ConnectError):
+        if _distrusted(exc):
+            return Failure("connect", msgspec.structs.replace(fault, temporary=False), again=False)
+        return Failure("connect", fault, again=True)
+    if isinstance(exc, UpstreamClosedError):
+        return Failure("truncated", fault, again=True)
+    return Failure("protocol", Fault(kind="protocol", message=str(exc)), again=False)
+
+
+def _distrusted(exc: BaseException | None) -> bool:
+    """Say whether a connection was refused by us, for its certificate: trying again changes nothing."""
+    while exc is not None:
+        if isinstance(exc, ssl.SSLCertVerificationError):
+            return True
+        exc = exc.__cause__
+    return False
+
+
+def _place(location: str) -> str:
+    """Return scheme and host of a URL: the rest of it may hold secrets."""
+    if not location:
+        return "nowhere (its Location is empty or missing)"
+    try:
+        url = httpx.URL(location)
+    except httpx.InvalidURL:
+        return "an invalid address"
+    if not url.host:
+        return "another path on the same host"
+    return f"{url.scheme or 'https'}://{url.host}"
