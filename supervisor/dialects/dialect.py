@@ -38,6 +38,9 @@ class Endings:
     """Where errors are told, besides an HTTP status: each makes the stream failed(`provider_error`)."""
     truncated: str = "the body ends, or the connection is lost, before any of these"
     """What is failed(`truncated`)."""
+    clean_end: bool = False
+    """Whether the end of a body whose framing is complete, and which leaves no event open, is an ending: only for servers that
+    send no marker at all. What a connection's loss cuts off is truncated all the same."""
 
 
 @attrs.frozen(kw_only=True)
