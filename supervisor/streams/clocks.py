@@ -67,6 +67,10 @@ class Clocks:
         else:
             self._due[kind] = due
 
+    def shorten(self, kind: Literal["drain", "detach", "cleanup"], due: float) -> None:
+        """Set a single deadline, unless an earlier one is set."""
+        self._due[kind] = min(due, self._due.get(kind, _NEVER))
+
     def stop(self) -> None:
         """Turn every clock off."""
         self._phase = None

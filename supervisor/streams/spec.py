@@ -111,7 +111,9 @@ def check_stop(mode: object, drain_s: object, drain_tokens: object) -> None:
         raise ConfigurationError("drain_s", drain_s, "a number of seconds, 0 or more")
     whole = isinstance(drain_tokens, int) and not isinstance(drain_tokens, bool) and drain_tokens >= 0
     if not (drain_tokens is None or whole):
-        raise ConfigurationError("drain_tokens", drain_tokens, "a whole number, 0 or more, or None for no limit")
+        raise ConfigurationError(
+            "drain_tokens", drain_tokens, "a whole number, 0 or more, or None for no limit"
+        )
 
 
 # --- options ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,12 @@ ends without a seal, then how it ended is the verdict: an exception is `failed(s
 **Ours and theirs.** The scope catches only its own cancellation. The embedding program's `Cancelled` comes out of the scope,
 seals the stream as `cancelled(shutdown)` with the actor `parent`, and goes on unchanged after a bounded, shielded settling.
 
+**Stopping.** A cancel seals at once (*abort*), or lets the answer end by itself within a budget of time and of tokens (*drain*); one
+that does not say does what the dialect does, for whether an abort saves money is the provider's doing. A drain is no ending: it
+keeps a verdict at hand (`_stop`) and seals with it when a budget is spent, unless something else has sealed before. What
+completes while it drains has completed. An answer that has ended as far as seen (`_marked`) takes no more tokens: then only the
+time budget counts, and at its end the answer is complete.
+
 **Settling.** Once the source has unwound (or after `Limits.cleanup_s` without it: then the watchdog settles the stream,
 and the task that will not end only keeps its own nursery), the outcome is written, waited for until durable, and only then
 announced: to `wait`, to readers, to whoever asked for the stop.
@@ -32,18 +38,18 @@ import trio
 from supervisor.dialects import Delta, Dialect, Fault, Fold, Snapshot, Usage
 from supervisor.errors import (
     AdmissionError,
-    ConfigurationError,
     StoreError,
     StreamSealedError,
     SupervisorError,
 )
 from supervisor.stores.base import Event
 from supervisor.streams.attempts import AttemptRecord, Refold, Withdrawal, climb
+from supervisor.streams.bill import TokenBudget, billed
 from supervisor.streams.clocks import ClockKind, Clocks, Phase
 from supervisor.streams.journal import Cursor, Journal
 from supervisor.streams.lifecycle import Lifecycle, Outcome, State, Verdict
 from supervisor.streams.output import Output
-from supervisor.streams.spec import Source, StreamSpec
+from supervisor.streams.spec import Source, StopMode, StreamSpec, check_stop
 from supervisor.streams.subscription import After, Subscription
 
 if TYPE_CHECKING:
@@ -116,13 +122,17 @@ class Stream:
         "__weakref__",
         "_abort_wire",
         "_attempts",
+        "_broken",
+        "_budget",
         "_clocks",
+        "_dialect",
         "_events",
         "_finishing",
         "_fold",
         "_held",
         "_journal",
         "_last_event",
+        "_left_at",
         "_lifecycle",
         "_marked",
         "_max_event_bytes",
@@ -142,6 +152,7 @@ class Stream:
         "_stop",
         "_supervisor",
         "_undurable",
+        "_unread",
         "_written",
         "cleanup_error",
         "created_at",
@@ -166,6 +177,7 @@ class Stream:
         self._supervisor = supervisor
         self._spec = spec
         self._source = source
+        self._dialect = dialect
         self._max_event_bytes = limits.max_event_bytes
         self._lifecycle = Lifecycle()
         self._journal = Journal(
@@ -192,14 +204,20 @@ class Stream:
         self._last_event = now
         self._sealed_at: float | None = None
         self._stop: Verdict | None = None  # what a drain will end in
+        self._budget: TokenBudget | None = None  # of the drain, if its tokens are limited
         self._marked: str | None = None
         self._abort_wire: Callable[[], None] | None = None  # set by a source that holds a wire
         self._written: Event | None = None  # the outcome as it was handed to the store
         self._outcome: Outcome | None = None
         self._readers = 0
+        self._left_at = 0  # how many events there were when the last reader left
+        self._unread = 0  # how many came after that, as of the seal
         self._attempts = 0
-        self._rungs: list[str] = []
-        self._reported_usage: tuple[Usage, str] | None = None
+        self._rungs: list[str] = []  # of the attempts after the first
+        self._broken = False  # whether a request before the last one had begun to answer
+        self._reported_usage: tuple[Usage, str] | None = (
+            None  # what the provider stated when asked after the seal
+        )
         self._events = 0
         self._skipped = 0
         self._held = 0
@@ -341,17 +359,23 @@ class Stream:
         *,
         reason: str = "",
         actor: str | None = None,
-        mode: Literal["abort", "drain"] = "abort",
+        mode: StopMode | None = None,
         drain_s: float = 10.0,
+        drain_tokens: int | None = None,
         wait_s: float = 5.0,
     ) -> CancelResult:
         """Stop the stream, and tell what that came to. Idempotent.
 
         The stop itself happens before this function's first checkpoint: cancelling the call does not take it back.
-        `mode="drain"` lets the answer end by itself for `drain_s` first. Waits at most `wait_s` for the outcome to be
-        durable. `reason` is free text for the outcome's message. Raises StoreError if the outcome could not be recorded.
+        `mode="abort"` ends it at once; `mode="drain"` lets the answer end by itself first, for at most `drain_s` and, unless
+        that is None, `drain_tokens` of output from now on (as the provider states them, else estimated). None: what the
+        stream's dialect does (`Dialect.stop`). A further drain can only shorten one that runs, and an abort ends it. Waits at most
+        `wait_s` for the outcome to be durable. `reason` is free text for the outcome's message. Raises ConfigurationError for a
+        bad option, StoreError if the outcome could not be recorded.
         """
-        verdict = self.request_stop(reason=reason, actor=actor, mode=mode, drain_s=drain_s)
+        verdict = self.request_stop(
+            reason=reason, actor=actor, mode=mode, drain_s=drain_s, drain_tokens=drain_tokens
+        )
         return await self.stopped(verdict, wait_s=wait_s)
 
     def request_stop(
@@ -359,21 +383,41 @@ class Stream:
         *,
         reason: str = "",
         actor: str | None = None,
-        mode: Literal["abort", "drain"] = "abort",
+        mode: StopMode | None = None,
         drain_s: float = 10.0,
+        drain_tokens: int | None = None,
     ) -> Verdict:
         """Make the synchronous part of `cancel`: give the result to `stopped` to learn what it came to."""
-        if mode not in ("abort", "drain"):
-            raise ConfigurationError("mode", mode, "'abort' or 'drain'")
+        check_stop(mode, drain_s, drain_tokens)
         verdict = Verdict(state=State.CANCELLED, reason="requested", actor=actor, message=reason)
-        if mode == "abort":
+        if mode is None and self._dialect is not None:
+            mode = self._dialect.stop
+        if mode == "drain":
+            self._drain(verdict, drain_s, drain_tokens)
+        else:
             self._seal(verdict)
-        elif not self._lifecycle.sealed and self._stop is None:
+        return verdict
+
+    def _drain(self, verdict: Verdict, drain_s: float, drain_tokens: int | None) -> None:
+        """Let the answer end by itself within the budgets; of several drains the tightest budgets hold."""
+        if self._lifecycle.sealed:
+            return
+        if self._stop is None:
             self._stop = verdict
             self._lifecycle.advance(State.STOPPING)
-            self._clocks.set("drain", trio.current_time() + drain_s)
-            self._supervisor.watchdog.arm(self)
-        return verdict
+        self._clocks.shorten("drain", trio.current_time() + drain_s)
+        self._supervisor.watchdog.arm(self)
+        if drain_tokens is not None:
+            budget = TokenBudget(drain_tokens, self._fold)
+            if self._budget is None or drain_tokens < self._budget.left(self._fold):
+                self._budget = budget
+            self._look_at_budget(self._budget)
+
+    def _look_at_budget(self, budget: TokenBudget) -> None:
+        """Seal with the stop if its tokens are spent. An answer that has ended as far as seen takes none."""
+        assert self._stop is not None, "a budget belongs to a stop"
+        if self._marked is None and not budget.left(self._fold):
+            self._seal(self._stop)
 
     async def stopped(self, verdict: Verdict, *, wait_s: float = 5.0) -> CancelResult:
         """Wait at most `wait_s` for the outcome, and tell what the stop that `request_stop` returned came to."""
@@ -383,7 +427,7 @@ class Stream:
             raise self._journal.failure
         outcome: CancelOutcome = "requested"
         if self._outcome is not None:
-            outcome = "won" if self._lifecycle.verdict is verdict else "already_terminal"
+            outcome = "won" if self._decided(verdict) else "already_terminal"
         return CancelResult(
             outcome=outcome,
             id=self.id,
@@ -391,6 +435,13 @@ class Stream:
             state=self.state,
             reason=self._outcome.reason if self._outcome is not None else None,
         )
+
+    def _decided(self, verdict: Verdict) -> bool:
+        """Whether a stop's verdict is the one that the stream ended by, perhaps with the fault that came upon it meanwhile."""
+        sealed = self._lifecycle.verdict
+        if sealed is None or sealed.fault is None or verdict is not self._stop:
+            return sealed is verdict
+        return attrs.evolve(sealed, fault=None) == verdict
 
     # --- the machinery -----------------------------------------------------------------------------------------------
 
@@ -451,6 +502,8 @@ class Stream:
         return theirs
 
     def _enter(self, state: State, phase: Phase | None) -> None:
+        if phase == "connect" and self._events and self._rungs[-1:] != ["sequence"]:
+            self._broken = True  # an attempt begins that does not go on with the response of the one before
         if not self._lifecycle.sealed:  # a sealed stream has one clock left: that of its cleanup
             self._lifecycle.advance(state)
             self._clocks.begin(phase, trio.current_time())
@@ -463,6 +516,8 @@ class Stream:
             held += self._shown.nbytes
         self._supervisor.memory.account(self, held - self._held)
         self._held = held
+        if self._budget is not None:
+            self._look_at_budget(self._budget)
 
     @trio.lowlevel.enable_ki_protection  # a Ctrl-C between its steps would leave a stream that can never end
     def _seal(self, verdict: Verdict) -> bool:
@@ -476,6 +531,7 @@ class Stream:
         except Exception:  # noqa: BLE001  # a seal does not fail: the outcome will find the store in the same state, and tell
             _log.exception("stream %s: its last events could not be handed to the store", self.id)
         finally:
+            self._unread = 0 if self._readers else self._events - self._left_at
             self._journal.seal()
             self._clocks.stop()
             self._clocks.set("cleanup", trio.current_time() + self._supervisor.limits.cleanup_s)
@@ -589,10 +645,13 @@ class Stream:
         verdict, sealed_at = self._lifecycle.verdict, self._sealed_at
         assert verdict is not None, "a stream finishes sealed"
         assert sealed_at is not None, "a sealed stream has the time of its seal"
-        usage = self._fold.usage
-        quality = "unknown"
-        if usage is not None:
-            quality = "exact" if verdict.state is State.COMPLETED else "provider_partial"
+        usage, quality = billed(
+            self._fold,
+            completed=verdict.state is State.COMPLETED,
+            broken=self._broken,
+            estimate=self._dialect is not None and self._dialect.asking.estimate,
+            reported=self._reported_usage,
+        )
         return Outcome(
             id=self.id,
             key=self.key,
@@ -611,6 +670,9 @@ class Stream:
             epoch_starts=self._journal.epoch_starts,
             started_at=self.created_at,
             ended_at=sealed_at,
+            events_unread=self._unread,
+            rungs=tuple(self._rungs),
+            joined_at=self._fold.joined_at,
             cleanup_error=self.cleanup_error,
         )
 
@@ -669,6 +731,7 @@ class Stream:
         self._journal.remove_waker(waker)
         self._readers -= 1
         self._supervisor.readers -= 1
+        self._left_at = self._events
         if not self._lifecycle.sealed:
             self._arm_detach()
             self._supervisor.watchdog.arm(self)

@@ -51,7 +51,9 @@ from supervisor.streams.spec import (
     OnConflict,
     OnDetach,
     Source,
+    StopMode,
     StreamSpec,
+    check_stop,
     monotonic_ids,
 )
 from supervisor.streams.stream import CancelResult, Stream, StreamInfo
@@ -416,15 +418,17 @@ class Supervisor:
         all_streams: bool = False,
         reason: str = "",
         actor: str | None = None,
-        mode: Literal["abort", "drain"] = "abort",
+        mode: StopMode | None = None,
         drain_s: float = 10.0,
+        drain_tokens: int | None = None,
         wait_s: float = 5.0,
     ) -> builtins.list[CancelResult]:
         """Stop streams by exactly one of id, key, labels or `all_streams`, and tell what that came to for each.
 
-        As `Stream.cancel`. An unknown id raises UnknownStreamError. A key that no stream in memory holds leaves a tombstone: a
+        As `Stream.cancel`, also the options. An unknown id raises UnknownStreamError. A key that no stream in memory holds leaves a tombstone: a
         start with it within `Limits.tombstone_s` ends at once as `cancelled(requested)`. Many streams are stopped in slices.
         """
+        check_stop(mode, drain_s, drain_tokens)
         _exactly_one(stream_id=stream_id, key=key, labels=labels, all_streams=all_streams or None)
         if key is not None and key not in self._keys:
             self._bury(key, actor=actor, reason=reason)
@@ -432,16 +436,17 @@ class Supervisor:
             return [CancelResult(outcome="tombstoned", id=None, key=key, state=None, reason=None)]
         if stream_id is not None or key is not None:
             stream = await self.find(stream_id) if stream_id is not None else self._keys[str(key)]
-            result = await stream.cancel(
-                reason=reason, actor=actor, mode=mode, drain_s=drain_s, wait_s=wait_s
+            stop = stream.request_stop(
+                reason=reason, actor=actor, mode=mode, drain_s=drain_s, drain_tokens=drain_tokens
             )
-            return [result]
+            return [await stream.stopped(stop, wait_s=wait_s)]
         chosen = [stream for stream in self._live.values() if _matches(stream, None, labels, None, None)]
         stops = []
         for done, stream in enumerate(chosen, start=1):
-            stops.append(
-                (stream, stream.request_stop(reason=reason, actor=actor, mode=mode, drain_s=drain_s))
+            stop = stream.request_stop(
+                reason=reason, actor=actor, mode=mode, drain_s=drain_s, drain_tokens=drain_tokens
             )
+            stops.append((stream, stop))
             if done % SLICE == 0:
                 await trio.lowlevel.checkpoint()
         until = trio.current_time() + wait_s
