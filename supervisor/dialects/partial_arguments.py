@@ -283,9 +283,7 @@ def _unescaped(name: str) -> str:
 
     def character(found: re.Match[str]) -> str:
         escape = found[1]
-        if len(escape) > 1:
-            point = int(escape[1:], 16)
-            return "\ufffd" if 0xD800 <= point < 0xE000 else chr(point)
-        return _ESCAPES.get(escape, escape)
+        return chr(int(escape[1:], 16)) if len(escape) > 1 else _ESCAPES.get(escape, escape)
 
-    return _ESCAPE.sub(character, name)
+    # Two escapes may be one character, and one of them alone is none.
+    return _ESCAPE.sub(character, name).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
