@@ -17,8 +17,9 @@ How a body ends well or badly, in the order in which it is asked:
 
 A last event that the body's end cut off before its empty line is discarded, as the event-stream standard says: it may
 be a part. There is one exception, after a clean end only: if that event says that the provider failed, or is the
-dialect's end marker, it is believed, because neither can be part of something else. A last line of JSON without its line
-end counts if it is whole: an object, a list or a string cannot be a part of another; anything else only after a clean end.
+dialect's end marker (in a dialect without one: has a finish reason), it is believed, because none of these can be part
+of something else. A last line of JSON without its line end counts if it is whole: an object, a list or a string cannot be
+a part of another; anything else counts only after a clean end.
 
 How the body is cut into events is decided by its first bytes, with what the response and the dialect say of it: see
 `supervisor.wire.framing`. So a dialect is read from whatever framing its provider, or a proxy, sends.
@@ -249,9 +250,7 @@ class BodyReader:
             decoder.end()
         if self._sink.sealed:
             return
-        if self._only is not None and (fault := find_fault(_json(self._only), lenient=True)) is not None:
-            self._fail("provider_error", fault)
-        elif decoder is not None and (fault := _stray_fault(decoder.stray, whole=True)):
+        if (fault := self._fault_outside()) is not None:
             self._fail("provider_error", fault)
         elif (reason := self._ending()) is not None:
             self._sink.complete(reason)
@@ -324,9 +323,13 @@ class BodyReader:
                 meant = self._dialect.reader().read(event.data, event.event)
             except UnparseableError:
                 continue
-            if any(delta.fault is not None or delta.terminal for delta in meant):
+            if any(delta.fault is not None or delta.terminal or self._ends(delta) for delta in meant):
                 self._head = None
                 self._take([event])
+
+    def _ends(self, delta: Delta) -> bool:
+        """Whether this finish reason is all that a dialect without an end marker says of its ending."""
+        return delta.finish_reason is not None and not self._dialect.endings.markers
 
     def _foreign(self) -> bytes:
         """Return the beginning of a body that never was a stream of this dialect; b"" of one that may have been."""
@@ -409,6 +412,12 @@ class BodyReader:
         if comments != self._seen_comments:
             self._seen_comments = comments
             self._sink.touch()
+
+    def _fault_outside(self) -> Fault | None:
+        """Return the error that the body told, but not in an event of the dialect."""
+        if self._only is not None:
+            return find_fault(_json(self._only), lenient=True)
+        return None if self._decoder is None else _stray_fault(self._decoder.stray, whole=True)
 
     def _look_at_stray(self, decoder: _Decoder) -> None:
         stray = decoder.stray

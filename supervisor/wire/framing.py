@@ -88,8 +88,8 @@ class FramingChooser:
             self.comments += head.count(b"\n", 0, line)
             del head[:line]
             return None
-        first = text[:1]
-        if first in (b"{", b"["):
+        first = bytes(text[:1])
+        if first in {b"{", b"["}:
             by_lines = self._said == "ndjson" or (first == b"{" and self._dialect == "ndjson")
             if not by_lines:
                 return "json-array"

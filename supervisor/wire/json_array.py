@@ -75,8 +75,10 @@ class JSONArrayDecoder:
     _in_word: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
-        if not isinstance(self.max_event_bytes, int) or self.max_event_bytes < 1:
-            raise ConfigurationError("max_event_bytes", self.max_event_bytes, "a positive number of bytes")
+        field = "max_event_bytes"
+        value = getattr(self, field)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigurationError(field, value, "a positive number of bytes")
 
     def __repr__(self) -> str:
         state = "ended" if self._ended else "failed" if self.fault else "open"
@@ -111,7 +113,9 @@ class JSONArrayDecoder:
         if self.fault is not None:
             raise RemoteProtocolError(*self.fault.args)
         if self._ended:
-            raise RuntimeError("this decoder was told that the body has ended; make a new one for the next response")
+            raise RuntimeError(
+                "this decoder was told that the body has ended; make a new one for the next response"
+            )
         held = self._held
         held += data
         if not self._begun and not self._begin():

@@ -87,7 +87,9 @@ class NDJSONDecoder:
         if self.fault is not None:
             raise RemoteProtocolError(*self.fault.args)
         if self._ended:
-            raise RuntimeError("this decoder was told that the body has ended; make a new one for the next response")
+            raise RuntimeError(
+                "this decoder was told that the body has ended; make a new one for the next response"
+            )
         if not self._begun:
             data = self._without_bom(data)
         if not data:
@@ -138,7 +140,9 @@ class NDJSONDecoder:
 
     def _too_long(self, events: list[WireEvent]) -> list[WireEvent]:
         name = "max_line_bytes" if self._limit == self.max_line_bytes else "max_event_bytes"
-        self.fault = RemoteProtocolError(f"the upstream sent a line of more than {self._limit} bytes ({name})")
+        self.fault = RemoteProtocolError(
+            f"the upstream sent a line of more than {self._limit} bytes ({name})"
+        )
         self._line.clear()
         if not events:
             raise RemoteProtocolError(*self.fault.args)

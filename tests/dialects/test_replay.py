@@ -82,7 +82,7 @@ def test_pieces_of_any_kind() -> None:
 @pytest.mark.parametrize("name", ["nonsense", "native", ""])
 def test_dialects_that_do_not_exist(name: str) -> None:
     """The error names those that do."""
-    with pytest.raises(ConfigurationError, match="openai-chat, sse"):
+    with pytest.raises(ConfigurationError, match=r"openai-chat, .*sse"):
         replay(name, b"")
 
 
@@ -91,7 +91,7 @@ def test_the_catalogue() -> None:
     assert OPENAI_CHAT is find("openai-chat")
     assert NATIVE is find("native")
     assert all(name == dialect.name for name, dialect in BUILTIN.items())
-    with pytest.raises(ConfigurationError, match="native, openai-chat"):
+    with pytest.raises(ConfigurationError, match=r"native, .*openai-chat"):
         find("nonsense")
 
 
