@@ -21,6 +21,7 @@ from supervisor.dialects.gemini import GEMINI, GEMINI_JSONARRAY
 from supervisor.dialects.native import NATIVE
 from supervisor.dialects.openai_chat import OPENAI_CHAT
 from supervisor.dialects.openai_completions import OPENAI_COMPLETIONS
+from supervisor.dialects.openai_responses import OPENAI_RESPONSES
 from supervisor.dialects.prefill import PrefillForm, chat_continuation
 from supervisor.dialects.reading import BodyReader, Sink
 
@@ -33,6 +34,7 @@ __all__ = [
     "NATIVE",
     "OPENAI_CHAT",
     "OPENAI_COMPLETIONS",
+    "OPENAI_RESPONSES",
     "Asking",
     "BodyReader",
     "Call",

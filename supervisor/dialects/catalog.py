@@ -13,6 +13,7 @@ from supervisor.dialects.gemini import GEMINI, GEMINI_JSONARRAY
 from supervisor.dialects.native import NATIVE
 from supervisor.dialects.openai_chat import OPENAI_CHAT
 from supervisor.dialects.openai_completions import OPENAI_COMPLETIONS
+from supervisor.dialects.openai_responses import OPENAI_RESPONSES
 from supervisor.errors import ConfigurationError
 
 __all__ = ["BUILTIN", "find"]
@@ -20,7 +21,16 @@ __all__ = ["BUILTIN", "find"]
 BUILTIN: Final[Mapping[str, Dialect]] = MappingProxyType(
     {
         dialect.name: dialect
-        for dialect in (ANTHROPIC, COHERE, GEMINI, GEMINI_JSONARRAY, NATIVE, OPENAI_CHAT, OPENAI_COMPLETIONS)
+        for dialect in (
+            ANTHROPIC,
+            COHERE,
+            GEMINI,
+            GEMINI_JSONARRAY,
+            NATIVE,
+            OPENAI_CHAT,
+            OPENAI_COMPLETIONS,
+            OPENAI_RESPONSES,
+        )
     }
 )
 """The dialects of this package, by name."""
