@@ -10,16 +10,17 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
+import trio
 
-from supervisor.cli import Exit, main
+from supervisor.cli import Exit, following, main
 from supervisor.cli.parser import TOKEN_VARIABLE, URL_VARIABLE, build_parser
-from supervisor.control import ControlClient
+from supervisor.control import CancelResultMessage, ControlClient
 from supervisor.testing.upstream import Script
 from tests.e2e.processes import (
     CREDENTIAL,
@@ -355,6 +356,12 @@ def test_cancel(shell: Shell) -> None:
         "requested",
         "no longer needed",
     )
+    budgeted = shell.start("sim/endless?interval_s=0.01")
+    how = ("--mode", "drain", "--drain-tokens", "2", "--drain-s", "3600")
+    assert shell.json("cancel", budgeted, *how)[0]["outcome"] == "won"
+    assert "tokens in, " in (shown := shell("show", budgeted)[1])
+    assert "out, estimated]" in shown
+    assert shell("cancel", budgeted, "--drain-tokens", "-1")[0] == Exit.USAGE
     few = {shell.start("sim/endless", "--label", "kind=cancel") for _ in range(3)}
     other = shell.start("sim/endless")
     assert few == {result["id"] for result in shell.json("cancel", "--label", "kind=cancel")}
@@ -464,6 +471,27 @@ def interrupt(shell: Shell, ready: Callable[[ControlClient], Any], *argv: str) -
         finally:
             process.kill()
     return process.returncode, out, err
+
+
+async def test_a_second_interrupt_does_not_wait_for_a_drain(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first cancels as suits the dialect and says that the answer may go on; the next aborts."""
+    asked: list[str | None] = []
+
+    class Client:
+        async def cancel(self, _: str, *, mode: str | None, **__: object) -> CancelResultMessage:
+            asked.append(mode)
+            return CancelResultMessage(outcome="won" if mode == "abort" else "requested")
+
+    async def twice() -> AsyncIterator[int]:
+        for _ in range(2):
+            await trio.lowlevel.checkpoint()
+            yield signal.SIGINT
+
+    events: Any = type("Events", (), {"id": "x"})()
+    client: Any = Client()
+    await following._interrupted(client, events, twice(), "cancel", following._Following())
+    assert asked == [None, "abort"]
+    assert capsys.readouterr().err.count("Ctrl-C again") == 1
 
 
 def read_by(stream_id: str, count: int) -> Callable[[ControlClient], Any]:

@@ -276,6 +276,7 @@ async def _interrupted(
     policy: Policy,
     following: _Following,
 ) -> None:
+    asked = False
     async for _ in interrupts:
         choice: Choice | Literal["go on"]
         if policy == "ask":
@@ -292,7 +293,13 @@ async def _interrupted(
             return
         say(f"cancelling {events.id}")
         try:
-            await client.cancel(events.id, reason="Ctrl-C", actor="cli")
+            # asked again, an answer that is let end by itself has had its time
+            result = await client.cancel(
+                events.id, reason="Ctrl-C", actor="cli", mode="abort" if asked else None, wait_s=1
+            )
+            asked = True
+            if result.outcome == "requested":
+                say("its answer is let end by itself; Ctrl-C again ends it at once")
         except ControlError as error:
             complain(f"the stream may not be cancelled: {error}")
 

@@ -125,6 +125,7 @@ async def _cancel(client: ControlClient, options: argparse.Namespace) -> int:
         "reason": options.reason,
         "mode": options.mode,
         "drain_s": options.drain_s,
+        "drain_tokens": options.drain_tokens,
         "wait_s": options.wait_s,
     }
     results: tuple[CancelResultMessage, ...]

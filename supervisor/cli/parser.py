@@ -251,10 +251,15 @@ def _add_streams(commands: Any) -> None:
     cancel.add_argument("--all", action="store_true", help="every live stream")
     cancel.add_argument("--reason", default="", help="kept with the outcome")
     cancel.add_argument(
-        "--mode", choices=("abort", "drain"), default="abort", help="drain: let it end by itself first"
+        "--mode",
+        choices=("abort", "drain"),
+        help="abort: at once; drain: let it end by itself first (default: as suits the dialect)",
     )
     cancel.add_argument(
         "--drain-s", type=_seconds, default=10.0, metavar="S", help="how long a drain may take (10)"
+    )
+    cancel.add_argument(
+        "--drain-tokens", type=int, metavar="N", help="how many tokens of output may still come (any number)"
     )
     cancel.add_argument(
         "--wait-s", type=_seconds, default=5.0, metavar="S", help="how long to wait for the end (5)"

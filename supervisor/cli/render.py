@@ -150,7 +150,9 @@ def told_outcome(outcome: Mapping[str, Any] | None) -> str:
         parts.append(f": {outcome['message']}")
     usage = outcome.get("usage")
     if usage:
-        parts.append(f" [{usage.get('input', '?')} tokens in, {usage.get('output', '?')} out]")
+        quality = outcome.get("usage_quality", "exact")
+        known = {"exact": "", "provider_partial": ", or more"}.get(quality, f", {quality}")
+        parts.append(f" [{usage.get('input', '?')} tokens in, {usage.get('output', '?')} out{known}]")
     if outcome.get("attempts", 1) > 1:
         parts.append(f" after {outcome['attempts']} attempts")
     return "".join(parts)

@@ -228,11 +228,16 @@ class ControlClient:
         key: str | None = None,
         reason: str = "",
         actor: str | None = None,
-        mode: Literal["abort", "drain"] = "abort",
+        mode: Literal["abort", "drain"] | None = None,
         drain_s: float = 10.0,
+        drain_tokens: int | None = None,
         wait_s: float = 5.0,
     ) -> CancelResultMessage:
-        """Cancel one stream and return what that came to, from its settled state. Idempotent."""
+        """Cancel one stream and return what that came to, from its settled state. Idempotent.
+
+        `mode="abort"` ends it at once, `"drain"` lets the answer end by itself first, for at most `drain_s` and `drain_tokens` of
+        output (None: no limit but the time). None: what the stream's dialect does.
+        """
         params = _params(
             CancelParams,
             id=stream_id,
@@ -241,6 +246,7 @@ class ControlClient:
             actor=actor,
             mode=mode,
             drain_s=drain_s,
+            drain_tokens=drain_tokens,
             wait_s=wait_s,
         )
         return await self.call("stream.cancel", params, CancelResultMessage)
@@ -252,11 +258,12 @@ class ControlClient:
         all_streams: bool = False,
         reason: str = "",
         actor: str | None = None,
-        mode: Literal["abort", "drain"] = "abort",
+        mode: Literal["abort", "drain"] | None = None,
         drain_s: float = 10.0,
+        drain_tokens: int | None = None,
         wait_s: float = 5.0,
     ) -> tuple[CancelResultMessage, ...]:
-        """Cancel every live stream that has all of `labels`, or all there are."""
+        """Cancel every live stream that has all of `labels`, or all there are. The rest as in `cancel`."""
         params = _params(
             CancelParams,
             labels=None if labels is None else dict(labels),
@@ -265,6 +272,7 @@ class ControlClient:
             actor=actor,
             mode=mode,
             drain_s=drain_s,
+            drain_tokens=drain_tokens,
             wait_s=wait_s,
         )
         return (await self.call("stream.cancel", params, CancelManyResult)).results

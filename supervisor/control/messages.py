@@ -246,8 +246,13 @@ class CancelParams(_Params, frozen=True, kw_only=True):
     reason: Annotated[str, msgspec.Meta(max_length=1024)] = ""
     """Free text for the outcome's message."""
     actor: Annotated[str, msgspec.Meta(max_length=128)] | None = None
-    mode: Literal["abort", "drain"] = "abort"
+    mode: Literal["abort", "drain"] | None = None
+    """`abort`: end it at once. `drain`: let the answer end by itself first, within `drain_s` and `drain_tokens`. Null: what the
+    stream's dialect does, which is to drain where an abort saves nothing."""
     drain_s: Seconds = 10.0
+    """How long a drain may take."""
+    drain_tokens: Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)] | None = None
+    """How much output may still come, as the provider counts it or else as its length suggests. Null: no limit but the time."""
     wait_s: Seconds = 5.0
 
     def __post_init__(self) -> None:
@@ -456,6 +461,8 @@ class SnapshotMessage(_Result, frozen=True, kw_only=True):
     usage: dict[str, Any] | None
     model: str | None
     response_id: str | None
+    joined_at: tuple[int, ...] = ()
+    """Where in `text`, in characters, another attempt went on from what was received before it."""
 
 
 class SubscribeResult(_Result, frozen=True, kw_only=True):

@@ -541,6 +541,7 @@ class Session:
             actor=params.actor or self._client or "control",
             mode=params.mode,
             drain_s=params.drain_s,
+            drain_tokens=params.drain_tokens,
             wait_s=params.wait_s,
         )
         if params.id is not None or params.key is not None:

@@ -69,7 +69,20 @@ async def test_every_method() -> None:
         assert ended is not None
         assert (ended.actor, ended.message) == ("tests", "why")
         assert await client.cancel_many(labels={"team": "x"}) == ()
-        assert (await client.stats())["supervisor"]["started"] == 2
+        spent = await client.start("forever", {}, labels={"team": "y"})
+        for cancel in (client.cancel, client.cancel_many):
+            with pytest.raises(ConfigurationError, match="drain_tokens"):
+                await cancel(
+                    **{"stream_id": "x"} if cancel == client.cancel else {"all_streams": True},
+                    drain_tokens=-1,
+                )
+        async with client.subscribe(spent.id, after="tail"):
+            (result,) = await client.cancel_many(
+                labels={"team": "y"}, mode="drain", drain_s=60, drain_tokens=0
+            )
+            assert result.outcome == "won"
+        assert (await client.cancel(spent.id, mode="drain", drain_tokens=5)).outcome == "already_terminal"
+        assert (await client.stats())["supervisor"]["started"] == 3
         assert (await client.health())["status"] == "ok"
         assert (await client.reap(dry_run=True)).reaped == ()
         assert await client.drain() == 0

@@ -10,6 +10,7 @@ import trio
 
 from supervisor.control import ControlLimits, EventMessage, LinkLimits, SessionLimits, payload_of
 from supervisor.control.session import _slices, encode_events, encode_text
+from supervisor.dialects import NATIVE, Delta, Dialect
 from supervisor.errors import StoreError
 from supervisor.stores import Event, MemoryStore, SQLiteStore
 from supervisor.streams import Limits, MemoryPolicy, Output
@@ -196,6 +197,43 @@ async def test_a_wait_delays_nobody() -> None:
         assert (outcome["state"], outcome["actor"], outcome["message"]) == ("cancelled", "me", "enough")
         again = (await peer.call("stream.cancel", id=stream))["result"]
         assert (again["outcome"], again["state"]) == ("already_terminal", "cancelled")
+
+
+class Talking:
+    """A source that never ends, in a dialect whose cancel drains."""
+
+    dialect = Dialect(name="billed", framing="none", reader=NATIVE.reader, stop="drain")
+
+    async def __call__(self, out: Output) -> None:
+        while True:
+            out.append(b"{}", "", (Delta(text="abcd"),))
+            out.flush()
+            await trio.sleep(0.001)
+
+
+async def test_a_drain_has_the_budgets_that_it_is_given() -> None:
+    """Without a mode the dialect's holds; `drain_tokens` and `drain_s` end it; what is no number of tokens is refused."""
+    async with open_scene() as scene:
+        scene.sources["talking"] = Talking()
+        peer = await scene.peer()
+        for budget in (
+            {"drain_tokens": 3, "drain_s": 3600},
+            {"drain_s": 0.01},
+            {"mode": "drain", "drain_tokens": 0},
+        ):
+            stream = (await peer.call("stream.start", upstream="talking", request={}))["result"]["id"]
+            told = (await peer.call("stream.cancel", id=stream, wait_s=60, **budget))["result"]
+            assert (told["outcome"], told["reason"]) == ("won", "requested")
+        stream = (await peer.call("stream.start", upstream="talking", request={}))["result"]["id"]
+        draining = (await peer.call("stream.cancel", id=stream, mode=None, drain_s=3600, wait_s=0))["result"]
+        assert (draining["outcome"], draining["state"]) == ("requested", "stopping")
+        for tokens in (-1, 1.5, "3"):
+            error = (await peer.call("stream.cancel", id=stream, drain_tokens=tokens))["error"]
+            assert "drain_tokens" in error["message"]
+        aborted = (await peer.call("stream.cancel", id=stream, mode="abort"))["result"]
+        assert (aborted["outcome"], aborted["state"]) == ("won", "cancelled")
+        ended = (await peer.call("supervisor.stats"))["result"]["supervisor"]["ended"]
+        assert ended == {"cancelled": {"requested": 4}}
 
 
 async def test_cancel_by_key_before_start_and_by_labels() -> None:
