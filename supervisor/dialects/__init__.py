@@ -19,6 +19,7 @@ from supervisor.dialects.dialect import Asking, Call, Dialect, Endings, Progress
 from supervisor.dialects.fold import Fold
 from supervisor.dialects.gemini import GEMINI, GEMINI_JSONARRAY
 from supervisor.dialects.native import NATIVE
+from supervisor.dialects.ollama import OLLAMA
 from supervisor.dialects.openai_chat import OPENAI_CHAT
 from supervisor.dialects.openai_completions import OPENAI_COMPLETIONS
 from supervisor.dialects.openai_responses import OPENAI_RESPONSES
@@ -32,6 +33,7 @@ __all__ = [
     "GEMINI",
     "GEMINI_JSONARRAY",
     "NATIVE",
+    "OLLAMA",
     "OPENAI_CHAT",
     "OPENAI_COMPLETIONS",
     "OPENAI_RESPONSES",

@@ -11,6 +11,7 @@ from supervisor.dialects.cohere import COHERE
 from supervisor.dialects.dialect import Dialect
 from supervisor.dialects.gemini import GEMINI, GEMINI_JSONARRAY
 from supervisor.dialects.native import NATIVE
+from supervisor.dialects.ollama import OLLAMA
 from supervisor.dialects.openai_chat import OPENAI_CHAT
 from supervisor.dialects.openai_completions import OPENAI_COMPLETIONS
 from supervisor.dialects.openai_responses import OPENAI_RESPONSES
@@ -27,6 +28,7 @@ BUILTIN: Final[Mapping[str, Dialect]] = MappingProxyType(
             GEMINI,
             GEMINI_JSONARRAY,
             NATIVE,
+            OLLAMA,
             OPENAI_CHAT,
             OPENAI_COMPLETIONS,
             OPENAI_RESPONSES,
