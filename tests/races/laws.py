@@ -223,8 +223,11 @@ def source_that(ends: str, wire: Wire, lag: int) -> Callable[..., Awaitable[None
     return source
 
 
+Sourcing = Callable[[Wire, int], Callable[..., Awaitable[None]]]
+
+
 async def run_race(
-    ends: str,
+    ends: str | Sourcing,
     contenders: Sequence[Contender],
     *,
     readers: int = 1,
@@ -234,6 +237,8 @@ async def run_race(
     check: Callable[[Race], None] | None = None,
 ) -> None:
     """Run one race under the scheduling order in force, and check the laws.
+
+    `ends` says how the source ends, or makes another one, of the wire to count on and its lag in steps.
 
     `lead` is how many scheduling steps the source is ahead of the contenders (below 0: behind them): each of them takes some
     steps to get to its seal, and the race is where they meet.
@@ -246,8 +251,9 @@ async def run_race(
             store=store, memory=policy, limits=Limits(cleanup_s=500), new_id=iter_ids()
         ) as sup:
             await trio.testing.wait_all_tasks_blocked()  # the orders before the race are not what it is about
+            lag = max(0, -lead)
             stream = sup.start_nowait(
-                source_that(ends, wire, max(0, -lead)),
+                source_that(ends, wire, lag) if isinstance(ends, str) else ends(wire, lag),
                 key="k",
                 deadlines=deadlines or Deadlines(first_event_s=None, idle_s=None, total_s=900),
             ).stream

@@ -1,0 +1,171 @@
+"""A connection that drops, an answer that goes on, and a stop, in the same instant and in every order.
+
+The upstream is pretended, below the source that climbs the ladder: exchanges that deliver, break and are counted. Broken on
+purpose, to see it seen: a ladder that goes on after the seal; an attempt that is recorded after it; a withdrawal at the start
+of an attempt rather than at its first event; a continuation that keeps the white space that it says it drops.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+
+import attrs
+import httpx
+import pytest
+import trio
+
+from supervisor import State
+from supervisor.errors import ConnectError, UpstreamClosedError
+from supervisor.testing.schedule import Bounds, explore
+from supervisor.upstream import RetryPolicy, Upstream
+from supervisor.upstream.source import HttpSource
+
+from . import laws
+from .laws import Contender, Race, Wire, run_race
+
+COMPLETED = (State.COMPLETED, "stop")
+TRUNCATED = (State.FAILED, "truncated")
+ABORTS: dict[Contender, tuple[State, str]] = {
+    laws.cancel_by_id: (State.CANCELLED, "requested"),
+    laws.reap: (State.EXPIRED, "reaped_age"),
+    laws.shutdown: (State.CANCELLED, "shutdown"),
+    laws.parent_cancel: (State.CANCELLED, "shutdown"),
+}
+
+
+def event(word: str) -> bytes:
+    return b"data: %s\n\n" % json.dumps({"choices": [{"index": 0, "delta": {"content": word}}]}).encode()
+
+
+FINISH = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
+
+
+@attrs.define
+class Exchange:
+    """A pretended response: gives its pieces, then waits for its moment, then breaks or ends."""
+
+    wire: Wire
+    pieces: list[bytes]
+    moment: Callable[[], object] | None
+    breaks: bool
+    status: int = 200
+    headers: httpx.Headers = attrs.field(factory=httpx.Headers)
+    at_end: bool = False
+    closed: bool = False
+
+    async def receive(self) -> bytes:
+        await trio.lowlevel.checkpoint()
+        if self.closed:
+            raise trio.ClosedResourceError
+        if self.pieces:
+            return self.pieces.pop(0)
+        if self.moment is not None:
+            moment, self.moment = self.moment, None
+            await moment()  # type: ignore[misc]  # an async function
+        if self.breaks:
+            raise UpstreamClosedError("reset by peer", sent=True)
+        self.at_end = True
+        return b""
+
+    def abort(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.wire.closed += 1
+
+    async def aclose(self) -> None:
+        self.abort()
+
+
+@attrs.define
+class Provider:
+    """The pretended transport: one exchange after the other, or none."""
+
+    wire: Wire
+    exchanges: list[Exchange | None]
+
+    async def open(self, request: httpx.Request, *, on_sent: Callable[[], None] | None = None) -> Exchange:
+        await trio.lowlevel.checkpoint()
+        exchange = self.exchanges.pop(0)
+        if exchange is None:
+            raise ConnectError("refused")
+        self.wire.opened += 1
+        if on_sent is not None:
+            on_sent()
+        return exchange
+
+
+def dropping(resume: Sequence[str], second: Sequence[bytes] | None) -> laws.Sourcing:
+    """Make a source whose first connection drops in the instant, and whose second one, if it comes, gives `second`."""
+
+    def make(wire: Wire, lag: int) -> HttpSource:
+        first = Exchange(
+            wire, [event("One "), event(" ")], functools.partial(laws.the_instant, lag), breaks=True
+        )
+        more = None if second is None else Exchange(wire, list(second), None, breaks=False)
+        upstream = Upstream(name="u", base_url="http://u.test", prefill="prefix")
+        policy = RetryPolicy(attempts=2, wait_initial_s=0, resume=resume)
+        request = {"model": "m", "messages": [{"role": "user", "content": "?"}]}
+        transport = Provider(wire, [first, more])
+        return HttpSource(upstream, request, transport=transport, retry=policy, draw=lambda: 0.0)  # type: ignore[arg-type]  # pretended
+
+    return make
+
+
+TEXTS = {
+    "restart": {"One  ", "Two", "Two."},
+    "continuation": {"One  ", "One", "One two", "One two."},
+}
+SECOND = {"restart": ("Two", "."), "continuation": (" two", ".")}
+
+
+LEADS = range(-2, 12)
+"""Scheduling steps that the drop is ahead of the stop: where the two meet is somewhere among these."""
+
+
+def every_order(source: laws.Sourcing, abort: Contender, lead: int, check: Callable[[Race], None]) -> None:
+    race = functools.partial(run_race, source, [abort], readers=1, waiters=0, lead=lead, check=check)
+    explored = explore(race, bounds=Bounds(max_preemptions=2, max_runs=60_000, max_seconds=60))
+    assert explored.complete, f"not every order was seen: {explored}"
+
+
+@pytest.mark.parametrize("rung", TEXTS)
+@pytest.mark.parametrize("abort", ABORTS, ids=lambda abort: abort.__name__)
+def test_a_drop_and_a_stop(rung: str, abort: Contender):
+    """One ending; each text that can be left is one that was, whole: never both answers, never half a join."""
+    outcomes: set[tuple[State, str]] = set()
+    texts: set[str] = set()
+
+    def note(race: Race) -> None:
+        outcome = race.stream.outcome
+        assert outcome is not None
+        outcomes.add((outcome.state, outcome.reason))
+        texts.add(race.stream.snapshot().text)
+        assert 0 <= outcome.attempts - race.wire.opened <= 1  # the last may be stopped on its way
+        assert (outcome.epoch == 3) == (race.stream.snapshot().text.startswith("Two"))
+
+    second = [*map(event, SECOND[rung]), FINISH]
+    for lead in LEADS:
+        every_order(dropping([rung], second), abort, lead, note)
+    assert outcomes == {COMPLETED, ABORTS[abort]}
+    assert len(texts) > 1
+    assert texts <= TEXTS[rung]
+
+
+def test_a_drop_and_no_other_connection():
+    """The attempt that could not be made leaves the answer as it was, against a stop in the same instant."""
+    texts: set[str] = set()
+    outcomes: set[tuple[State, str]] = set()
+
+    def note(race: Race) -> None:
+        outcome = race.stream.outcome
+        assert outcome is not None
+        outcomes.add((outcome.state, outcome.reason))
+        texts.add(race.stream.snapshot().text)
+        assert outcome.epoch == 1
+
+    for lead in LEADS:
+        every_order(dropping(["restart"], None), laws.cancel_by_id, lead, note)
+    assert outcomes == {TRUNCATED, (State.CANCELLED, "requested")}
+    assert texts == {"One  "}
