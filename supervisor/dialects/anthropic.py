@@ -482,7 +482,7 @@ _TAKES_PREFILL: Final = re.compile(
     r"|3(?:[-.][57])?-(?:opus|sonnet|haiku)"
     r"|(?:opus|sonnet|haiku)-4(?:[-.][0-5])?"
     r"|4(?:[-.][0-5])?-(?:opus|sonnet|haiku))"
-    r"(?:[-@](?:20\d{6}|latest|default))?(?:-v\d(?::\d(?::\d+k)?)?)?"
+    r"(?:-v\d(?=@))?(?:[-@](?:20\d{6}|latest|default))?(?:-v\d(?::\d(?::\d+k)?)?)?"
 )
 """The models that take a prefill, by the names of Anthropic, Bedrock, Vertex AI and OpenRouter.
 
@@ -560,7 +560,7 @@ ANTHROPIC: Final = Dialect(
         ),
         truncated="the body ends, or the connection is lost, before `message_stop`, even after the stop reason",
     ),
-    asking=Asking(path="/messages", first=_first, continuation=_continuation),
+    asking=Asking(path="/messages", key_header="x-api-key", first=_first, continuation=_continuation),
     abort_stops_billing=True,
     usage_rule=(
         "in `message_start`, then in `message_delta` as running totals, of which the last stated counts; input is without "
