@@ -64,30 +64,34 @@ def test_agrees_with_the_standard_at_random_splits(stream, at):
     _is_as_the_standard_says(stream, cut(stream, at))
 
 
-blocks = st.lists(
-    st.sampled_from(
-        [
-            b"data: {}\n\n",
-            b"data: \n\n",
-            b"data:x\n\n",
-            b"event: a\ndata: 1\n\n",
-            b"event: b\ndata: 2\n\n",
-            b": ping\n\n",
-            b"data: 1\ndata: 2\n\n",
-            b"event: a\n\n",
-            b"event: a\nevent: b\n\n",
-            b"\n",
-            b"data: 1\nevent: a\n\n",
-            b"id: 3\ndata: 4\n\n",
-            b"data: 1\nid\n\n",
-            b"id: \xff\n\n",
-            b"event:\ndata: 5\n\n",
-            b"retry: 9\n\n",
-            b"event: a\ndata: 1\n: x\n",
-        ]
-    ),
-    max_size=12,
-).map(b"".join)
+BLOCKS = [
+    b"data: {}\n\n",
+    b"data: \n\n",
+    b"data:x\n\n",
+    b"event: a\ndata: 1\n\n",
+    b"event: b\ndata: 2\n\n",
+    b": ping\n\n",
+    b"data: 1\ndata: 2\n\n",
+    b"event: a\n\n",
+    b"event: a\nevent: b\n\n",
+    b"\n",
+    b"data: 1\nevent: a\n\n",
+    b"id: 3\ndata: 4\n\n",
+    b"id: 4\nevent: a\ndata: 4\n\n",
+    b"event: a\nid: 5\ndata: 4\n\n",
+    b"data: 1\nid\n\n",
+    b"id: \xff\n\n",
+    b"id: \xff\ndata: 5\n\n",
+    b"id: a\0b\ndata: 5\n\n",
+    b"id: id: 3\ndata: data: 5\n\n",
+    b"id: 6data: 6\n\n",
+    b"event: adata: 6\n\n",
+    b"xdata: 6\n\n",
+    b"event:\ndata: 5\n\n",
+    b"retry: 9\n\n",
+    b"event: a\ndata: 1\n: x\n",
+]
+blocks = st.lists(st.sampled_from(BLOCKS), max_size=12).map(b"".join)
 
 
 @settings(max_examples=600, deadline=None)
@@ -99,6 +103,56 @@ def test_the_block_way_agrees_with_the_standard(stream, line_end, at):
     """Nearly regular runs of blocks, which the fast way must tell from regular ones, with each of the line ends."""
     stream = stream.replace(b"\n", line_end)
     _is_as_the_standard_says(stream, cut(stream, at))
+
+
+DATA, EVENT, ID = b"data: 1\n\n", b"event: a\ndata: 1\n\n", b"id: 3\ndata: 4\n\n"
+NAMED = [EVENT, EVENT, DATA]  # its name is known, but what is expected is data alone
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        [DATA, b"data: 1\r2\n\n"],
+        [DATA, b"data: \r\n\n"],
+        [EVENT, EVENT, b"event: a\ndata: 1\r2\n\n"],
+        [*NAMED, b"event: a\ndata: 1\r2\n\n"],
+        [ID, ID, b"id: 3\ndata: 4\r5\n\n"],
+        [ID, ID, b"id: 3\r4\ndata: 4\n\n"],
+        [ID, ID, b"id: 5\n\n", DATA],
+        [ID, ID, b"id: 5\nfoo\n\n", DATA],
+        [ID, ID, b"id: a\0b\ndata: 5\n\n", DATA],
+        [ID, ID, b"id: 3data: 4\n\n"],
+        [*NAMED, EVENT + b"event: a\ndata: 2\nid: 9\nevent: a\ndata: 3\n\n"],
+        [EVENT, EVENT, EVENT + b"event: a\nda", b"ta: 2\n\n"],
+        [EVENT, EVENT, EVENT + b"event: a\ndata: 2", b"3\n\n" + EVENT],
+        [EVENT, EVENT, EVENT + b"event: a\ndata: 2\n", b"data: 3\n\n" + EVENT],
+        [DATA, DATA * 3, b"data: 1\n\ndata: 1\ndata: 2\n\ndata: 3\n\n"],
+        [DATA, b": c\ndata: 1\n", b"data: 2\n\n"],
+        [DATA, b"data: 1\ndata: 2\n", b"data: 3\n\n"],
+        [DATA, b"data: 2\r\r", b"\ndata: 3\n\n", b"\n"],
+        [DATA, b"data: 2\n", b"\n" + DATA, DATA],
+        [ID, ID * 3 + b"id: 4\nda", b"ta: 5\n\n" + ID],
+        [ID, ID, b"id: 4\nevent: a\ndata: 4\n\n" * 3, b"event: b\ndata: 4\n\n", DATA],
+    ],
+)
+def test_a_read_that_is_nearly_as_expected(reads):
+    """What the reads before let expect (a name, an id, the same lines again) is told from what only begins like it."""
+    _is_as_the_standard_says(b"".join(reads), reads)
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=3).flatmap(
+        lambda kinds: st.lists(st.lists(st.sampled_from(kinds), max_size=4).map(b"".join), max_size=6)
+    ),
+    st.sampled_from([b"\n", b"\r\n", b"\r"]),
+    st.lists(st.integers(0, 120), max_size=3),
+)
+def test_reads_of_whole_blocks_agree_with_the_standard(reads, line_end, at):
+    """Reads that are one or several like blocks, which are not split into lines, and a few cuts elsewhere."""
+    reads = [read.replace(b"\n", line_end) for read in reads]
+    whole = [len(b"".join(reads[:count])) for count in range(len(reads))]
+    _is_as_the_standard_says(b"".join(reads), cut(b"".join(reads), [*whole, *at]))
 
 
 def _httpx_sse(pieces: Iterable[bytes]) -> list[tuple[str, str, str]]:
@@ -274,6 +328,22 @@ def test_a_line_at_its_limit_passes_and_one_byte_more_does_not(start, step):
             events, fault = decode_until_fault(cut(stream, range(0, 120, step)), decoder)
             assert ("max_line_bytes" in fault) == bool(over)
             assert len(events) == 1 - over
+
+
+@pytest.mark.parametrize("block", [b"data: %b\n\n", b"event: a\ndata: %b\n\n", b"id: 1\ndata: %b\n\n"])
+@pytest.mark.parametrize("limit", ["max_line_bytes", "max_event_bytes"])
+def test_a_limit_holds_for_reads_of_whole_blocks(block, limit):
+    """The ways that do not look at single lines refuse what is too long, too, after any number of blocks that were not."""
+    for most, before in ((94, 1), (94, 3), (100, 1), (100, 3)):
+        for reads in ([before * [block % b"x"]], [[block % b"x"]] * before):
+            for over in (0, 1):
+                decoder = SSEDecoder(**{limit: most})
+                size = most + over - (6 if limit == "max_line_bytes" else 0)
+                events, fault = decode_until_fault(
+                    [*map(b"".join, reads), block % (b"x" * size), block % b"x"], decoder
+                )
+                assert (limit in fault) == bool(over)
+                assert len(events) == before + 2 * (1 - over)
 
 
 @pytest.mark.parametrize("step", [1, 7, 1000])
