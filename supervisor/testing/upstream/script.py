@@ -1,22 +1,21 @@
 """What a simulated upstream does with one request, as data.
 
-A `Script` is a frozen description; `plan` turns it into steps (send these bytes, pause, hang, close) without touching a
-socket, so that what a fault looks like on the wire is written down, and tested, in one place. The server in `server.py`
-only carries steps out.
+A `Script` is a frozen description, the same for every provider's shape: how many words, at what pace, and what goes wrong
+where. `plan` (in `plan.py`) turns it into steps, in the shape that the request's path asks for.
 
 A script can be written as a model name, so that a program that only lets its user choose a model can choose a fault:
 `sim/<name>?<field>=<value>&…`, where `<name>` is one of `PRESETS`, a fault, or an HTTP status, and the fields are those
 of `Script`: `sim/stall?after=3`, `sim/429?times=2&retry_after=1`, `sim/paced?tokens=200&interval_s=0.02`.
 
-Events are counted without the opening role chunk, which travels with the first token: `after=0` strikes after the head
-and before any event.
+`after` counts events of text, and what opens the answer travels with the first of them: `after=0` strikes after the head
+and before any event. `at_event` counts all events instead: those that open the answer, the text, and those that close it.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 from urllib.parse import parse_qsl
 
@@ -26,17 +25,14 @@ import msgspec
 from supervisor.errors import ConfigurationError
 
 __all__ = [
+    "CYCLE",
     "PRESETS",
-    "Close",
     "ErrorShape",
     "FaultName",
-    "Hang",
-    "Pause",
     "Script",
-    "Send",
-    "Step",
-    "plan",
     "script_for_model",
+    "word",
+    "words",
 ]
 
 FaultName = Literal[
@@ -61,22 +57,12 @@ FaultName = Literal[
 `reset-head`: close or reset instead of answering. `silent`: never answer. `hang-after-finish`: no `[DONE]`, no end."""
 
 ErrorShape = Literal["data", "event", "chunk", "field", "bare", "string", "flat"]
-"""How an error inside a stream is told: in a `data:` object, under `event: error`, in a chunk with
-`finish_reason: "error"`, in an SSE *field* named `error`, as a line of bare JSON, as a string, or without an envelope."""
+"""How an error inside a stream is told. `data`: in the provider's own way, and `chunk`, `event`: in its other ways, if it
+has any (OpenAI's chat: a `data:` object, a chunk with `finish_reason: "error"`, an `event: error`). The others are what
+servers that imitate a provider do: an SSE *field* named `error`, a line of bare JSON, a string, or no envelope."""
 
 CYCLE = 1024
 """The numbered words repeat after this many, so that a flood is sent from prebuilt bytes."""
-
-_NEWLINES = {"lf": b"\n", "crlf": b"\r\n", "cr": b"\r"}
-_ID = "chatcmpl-sim"
-_CREATED = 1_700_000_000
-_MODEL = "sim-1"
-_REASONS = {
-    200: "OK", 204: "No Content", 307: "Temporary Redirect", 308: "Permanent Redirect", 400: "Bad Request",
-    401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 408: "Request Timeout", 409: "Conflict",
-    413: "Content Too Large", 425: "Too Early", 429: "Too Many Requests", 500: "Internal Server Error",
-    502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout", 529: "Overloaded",
-}  # fmt: skip
 
 
 @attrs.frozen(kw_only=True)
@@ -87,6 +73,12 @@ class Script:
     """How many numbered words to send when `text` is None; None: endless, until the client closes."""
     text: str | None = None
     """The answer, sent a word an event."""
+    reasoning: str | None = None
+    """What is thought before the answer, where the provider has a place for it; sent with the first word."""
+    tool: str | None = None
+    """The name of a tool that is called after the text."""
+    tool_arguments: str = '{"city": "Paris"}'
+    """The JSON of its arguments, sent in pieces where the provider does that."""
     interval_s: float = 0.0
     """The pace: one write (`events_per_write` events) each interval. 0: as fast as the client reads."""
     head_after_s: float = 0.0
@@ -94,12 +86,13 @@ class Script:
     """The silence between the head and the first event."""
     events_per_write: int = 1
     role: bool = True
-    """Whether the first token is preceded by the chunk that names the role."""
+    """Whether the first token is preceded by the chunk that names the role (OpenAI's chat)."""
     usage: bool = True
-    """Whether the chunk with the usage is sent after the finish reason."""
+    """Whether the usage is told."""
     finish_reason: str | None = "stop"
+    """In OpenAI's words, which are told in the provider's; any other is told as it is."""
     done: bool = True
-    """Whether `[DONE]` is sent."""
+    """Whether the answer's end marker is sent: `[DONE]`, or the event that is it."""
     framing: Literal["chunked", "content-length", "until-close"] = "chunked"
     chunk_bytes: int = 0
     """The size of chunks, cut without regard to events; 0: one chunk an event."""
@@ -114,7 +107,9 @@ class Script:
     trickle_interval_s: float = 0.0
     fault: FaultName | None = None
     after: int = 3
-    """How many events are sent before the fault."""
+    """How many words are sent before the fault."""
+    at_event: int | None = None
+    """In place of `after`: how many events of any kind are sent before the fault."""
     times: int | None = None
     """How many requests with this script get the fault or the status; later ones are answered well. None: all."""
     size_bytes: int = 8 << 20
@@ -129,10 +124,20 @@ class Script:
     location: str | None = None
     echo_credential: bool = False
     """Whether the error message repeats the credential of the request, as some providers do."""
-    content_type: str = "text/event-stream"
+    content_type: str | None = None
+    """None: the provider's own."""
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes | None = None
-    """Sent as it is in place of events."""
+    """Sent as it is in place of events; `drop`, `reset` and `stall` strike after it."""
+    beginning: Literal["continue", "ignore", "refuse"] = "continue"
+    """What becomes of a text that the request gives for the beginning of the answer: the answer goes on after it, or
+    starts anew, or is refused with a 400."""
+    runs_on: bool = False
+    """Whether the answer is generated, and billed, to its end although the client has gone."""
+    expires_s: float | None = None
+    """When a stored response is forgotten, after it was made; None: not."""
+    retry_ms: int | None = None
+    """The `retry:` field of an event stream with ids."""
     key: str = ""
     """Ignored; tells apart scripts that are counted separately by `times`."""
 
@@ -147,8 +152,11 @@ class Script:
             "after",
             "heartbeat_s",
             "trickle_interval_s",
+            "at_event",
+            "expires_s",
+            "retry_ms",
         ):
-            if getattr(self, field) < 0:
+            if (getattr(self, field) or 0) < 0:
                 raise ConfigurationError(field, getattr(self, field), "a number that is not negative")
         if not 100 <= self.status <= 599:
             raise ConfigurationError("status", self.status, "an HTTP status")
@@ -157,23 +165,23 @@ class Script:
 
     @property
     def pieces(self) -> int | None:
-        """How many token events a well-formed answer has; None: endless."""
-        return self.tokens if self.text is None else len(_words(self.text))
+        """How many events of text a well-formed answer has; None: endless."""
+        return self.tokens if self.text is None else len(words(self.text))
 
     def expected_text(self, events: int | None = None) -> str:
-        """Return the text of the first `events` events, or of the whole answer."""
+        """Return the text of the first `events` words, or of the whole answer."""
         if self.text is not None:
-            return "".join(_words(self.text)[:events])
+            return "".join(words(self.text)[:events])
         count = self.tokens if events is None else events if self.tokens is None else min(events, self.tokens)
         if count is None:
             raise ConfigurationError("events", events, "a number, as the answer is endless")
-        return "".join(_numbered(i) for i in range(count))
+        return "".join(word(self, i) for i in range(count))
 
     def well(self) -> Script:
         """Return the same answer without its fault."""
         return attrs.evolve(
             self, fault=None, status=200, times=None, retry_after=None, retry_after_ms=None, body=None,
-            content_type="text/event-stream", location=None, head_after_s=0.0,
+            content_type=None, location=None, head_after_s=0.0,
         )  # fmt: skip
 
 
@@ -230,307 +238,12 @@ def script_for_model(model: str) -> Script | None:
     return Script(**fields)
 
 
-# --- steps -----------------------------------------------------------------------------------------------------------
-
-
-@attrs.frozen
-class Send:
-    """Write these bytes, which hold so many token events."""
-
-    data: bytes
-    events: int = 0
-
-
-@attrs.frozen
-class Pause:
-    """Wait so many seconds after the previous pause ended (so that a pace does not drift)."""
-
-    seconds: float
-
-
-@attrs.frozen
-class Hang:
-    """Do nothing until the client goes, except `beat` each `every_s` seconds if that is not 0."""
-
-    beat: bytes = b""
-    every_s: float = 0.0
-
-
-@attrs.frozen
-class Close:
-    """End the connection: with a FIN, or with a RST."""
-
-    reset: bool = False
-
-
-Step = Send | Pause | Hang | Close
-
-
-def plan(script: Script, *, credential: str = "", stream: bool = True) -> Iterator[Step]:
-    """Yield the steps of one answer. The connection may be used again if they end without a `Close`."""
-    if script.fault in ("drop-head", "reset-head"):
-        yield Close(reset=script.fault == "reset-head")
-        return
-    if script.fault == "silent":
-        yield Hang()
-        return
-    if script.head_after_s:
-        yield Pause(script.head_after_s)
-    if script.fault == "garbage-head":
-        yield Send(b"\x00\xff this is not HTTP\r\n\r\n")
-        yield Close()
-        return
-    if script.status != 200:
-        yield from _whole(script, script.body or error_body(script, credential), "application/json")
-    elif script.body is not None:
-        yield from _whole(script, script.body, script.content_type)
-    elif not stream or script.content_type.startswith("application/json"):
-        yield from _whole(script, _completion(script), "application/json")
-    else:
-        yield from _streamed(script, credential)
-    if script.framing == "until-close" or not script.keep_alive:
-        yield Close()
-
-
-def error_body(script: Script, credential: str = "") -> bytes:
-    """Return the JSON body of an HTTP error, in OpenAI's shape."""
-    message = script.message or f"simulated {_REASONS.get(script.status, 'error')}"
-    if script.echo_credential:
-        message = f"{message}: Incorrect API key provided: {credential}"
-    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(script.status, "server_error")
-    return msgspec.json.encode({"error": {"message": message, "type": kind, "code": script.code}})
-
-
-def _whole(script: Script, body: bytes, content_type: str) -> Iterator[Step]:
-    sized = (
-        script if script.framing != "chunked" else attrs.evolve(script, framing="content-length", tokens=0)
-    )
-    yield Send(_head(sized, content_type, len(body)))
-    yield Send(body)
-
-
-def _head(script: Script, content_type: str, length: int | None = None) -> bytes:
-    lines = [
-        f"HTTP/1.1 {script.status} {_REASONS.get(script.status, 'Status')}",
-        f"content-type: {content_type}",
-    ]
-    if script.framing == "chunked":
-        lines.append("transfer-encoding: chunked")
-    elif script.framing == "content-length" and length is not None:
-        lines.append(f"content-length: {length}")
-    if not script.keep_alive or script.framing == "until-close":
-        lines.append("connection: close")
-    for name, value in (
-        ("retry-after", script.retry_after),
-        ("retry-after-ms", script.retry_after_ms),
-        ("location", script.location),
-    ):
-        if value is not None:
-            lines.append(f"{name}: {value}")
-    lines += [f"{name}: {value}" for name, value in script.headers]
-    if script.fault == "huge-head":
-        lines.append("x-filler: " + "a" * script.size_bytes)
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-
-
-def _streamed(script: Script, credential: str) -> Iterator[Step]:
-    if script.framing == "content-length":
-        # The length has to be known first; what a fault leaves out is then missing from it, as in a real cut.
-        length = sum(
-            len(s.data) for s in _body(attrs.evolve(script.well(), heartbeat_s=0), "") if isinstance(s, Send)
-        )
-        yield Send(_head(script, script.content_type, length))
-    else:
-        yield Send(_head(script, script.content_type))
-    if script.first_after_s:
-        yield Pause(script.first_after_s)
-    cut = False
-    for step in _body(script, credential):
-        yield step
-        cut = isinstance(step, Close)
-    if script.framing == "chunked" and not cut:
-        yield Send(b"0\r\n\r\n")
-    elif script.framing == "content-length" and script.fault is not None and not cut:
-        yield Close()  # a fault has changed the length that the head promised
-
-
-def _body(script: Script, credential: str) -> Iterator[Step]:
-    total = script.pieces
-    stops = script.fault in ("bad-chunk", "bad-json", "drop", "end", "error", "oversized", "reset", "stall")
-    limit = total if not stops else script.after if total is None else min(total, script.after)
-    yield from _tokens(script, 0, limit)
-    match script.fault:
-        case "stall":
-            yield Hang(_framed(script, b": keep-alive\n\n"), script.heartbeat_s)
-            return
-        case "drop":
-            whole = _framed(script, _event(_chunk({"content": "never seen"})))
-            yield Send(whole[: len(whole) // 2])
-            yield Close()
-            return
-        case "reset":
-            yield Close(reset=True)
-            return
-        case "bad-chunk":
-            yield Send(b"not a size\r\n")
-            yield Close()
-            return
-        case "end":
-            return
-        case "error":
-            yield Send(_framed(script, _error_event(script, credential)))
-            return
-        case "bad-json":
-            yield Send(_framed(script, b'data: {"choices": [{"delta": {"content": "cut\n\n'))
-            yield from _tokens(script, limit or 0, total)
-        case "oversized":
-            yield from _oversized(script)
-            yield from _tokens(script, limit or 0, total)
-        case _:
-            pass
-    yield from _closing(script, credential)
-
-
-def _closing(script: Script, credential: str) -> Iterator[Step]:
-    end: list[bytes] = []
-    if script.finish_reason is not None:
-        end.append(_event(_chunk({}, script.finish_reason)))
-    if script.fault == "error-after-finish":
-        end.append(_error_event(script, credential))
-        script = attrs.evolve(script, usage=False, done=False)
-    if script.usage:
-        end.append(_event(_chunk(None, usage=_usage(script))))
-    if script.fault == "hang-after-finish":
-        yield Send(b"".join(_framed(script, e) for e in end))
-        yield Hang(_framed(script, b": keep-alive\n\n"), script.heartbeat_s)
-        return
-    if script.done:
-        end.append(b"data: [DONE]\n\n")
-    if script.fault == "extra-after-done":
-        end.append(_event(_chunk({"content": "after the end"})))
-    if end:
-        yield Send(b"".join(_framed(script, e) for e in end))
-
-
-def _tokens(script: Script, start: int, stop: int | None) -> Iterator[Step]:
-    words = None if script.text is None else _words(script.text)
-    # Prebuilt blocks repeat every CYCLE words; anything that makes events differ builds them one by one.
-    plain = words is None and not script.comment_every
-    at = start
-    while stop is None or at < stop:
-        count = script.events_per_write if stop is None else min(script.events_per_write, stop - at)
-        if script.interval_s and at:
-            yield Pause(script.interval_s)
-        if plain and (at or not script.role):
-            yield Send(
-                _block(at % CYCLE, count, script.framing == "chunked", script.chunk_bytes, script.newline),
-                count,
-            )
-        else:
-            parts = (
-                [_framed(script, _event(_chunk({"role": "assistant", "content": ""})))]
-                if script.role and not at
-                else []
-            )
-            for i in range(at, at + count):
-                if script.comment_every and i % script.comment_every == 0:
-                    parts.append(_framed(script, b": keep-alive\n\n"))
-                word = _numbered(i) if words is None else words[i]
-                parts.append(_framed(script, _event(_chunk({"content": word}))))
-            yield Send(b"".join(parts), count)
-        at += count
-
-
-@functools.lru_cache(maxsize=2 * CYCLE)
-def _block(start: int, count: int, chunked: bool, chunk_bytes: int, newline: str) -> bytes:  # noqa: FBT001 (a cache key)
-    end = _NEWLINES[newline]
-    events = (
-        _event(_chunk({"content": _numbered(i)})).replace(b"\n", end) for i in range(start, start + count)
-    )
-    return b"".join(_chunked(e, chunk_bytes) if chunked else e for e in events)
-
-
-def _oversized(script: Script) -> Iterator[Step]:
-    left = script.size_bytes
-    yield Send(_framed(script, b'data: {"choices":[{"index":0,"delta":{"content":"'))
-    while left > 0:
-        piece = min(left, 1 << 16)
-        yield Send(_framed(script, b"x" * piece))
-        left -= piece
-    yield Send(_framed(script, b'"},"finish_reason":null}]}\n\n'))
-
-
-def _numbered(i: int) -> str:
-    return f"w{i % CYCLE} "
-
-
 @functools.lru_cache(maxsize=256)
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """Cut a text into the pieces in which it is sent; joined, they are the text."""
     return re.findall(r"\S+\s*|\s+", text)
 
 
-def _usage(script: Script) -> dict[str, int]:
-    output = script.pieces or 0
-    return {"prompt_tokens": 7, "completion_tokens": output, "total_tokens": 7 + output}
-
-
-def _chunk(
-    delta: dict[str, Any] | None, finish_reason: str | None = None, usage: dict[str, int] | None = None
-) -> dict[str, Any]:
-    choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish_reason}]
-    chunk: dict[str, Any] = {
-        "id": _ID, "object": "chat.completion.chunk", "created": _CREATED, "model": _MODEL, "choices": choices,
-    }  # fmt: skip
-    if usage is not None:
-        chunk["usage"] = usage
-    return chunk
-
-
-def _completion(script: Script) -> bytes:
-    message = {"role": "assistant", "content": script.expected_text()}
-    return msgspec.json.encode(
-        {
-            "id": _ID, "object": "chat.completion", "created": _CREATED, "model": _MODEL, "usage": _usage(script),
-            "choices": [{"index": 0, "message": message, "finish_reason": script.finish_reason}],
-        }
-    )  # fmt: skip
-
-
-def _error_event(script: Script, credential: str) -> bytes:
-    message = script.message or "simulated failure inside the stream"
-    if script.echo_credential:
-        message = f"{message} (key {credential})"
-    error = {"message": message, "type": "server_error", "code": script.code}
-    envelope = msgspec.json.encode({"error": error})
-    match script.error_shape:
-        case "data":
-            return b"data: " + envelope + b"\n\n"
-        case "event":
-            return b"event: error\ndata: " + envelope + b"\n\n"
-        case "chunk":
-            return _event(_chunk({"content": ""}, "error") | {"error": error})
-        case "field":
-            return b"error: " + msgspec.json.encode(error) + b"\n\n"
-        case "bare":
-            return envelope + b"\n"
-        case "string":
-            return b"data: " + msgspec.json.encode({"error": message}) + b"\n\n"
-        case "flat":
-            return b"data: " + msgspec.json.encode({"object": "error"} | error) + b"\n\n"
-
-
-def _event(payload: Mapping[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(payload) + b"\n\n"
-
-
-def _framed(script: Script, event: bytes) -> bytes:
-    event = event.replace(b"\n", _NEWLINES[script.newline])
-    return _chunked(event, script.chunk_bytes) if script.framing == "chunked" else event
-
-
-def _chunked(data: bytes, size: int) -> bytes:
-    if not size or size >= len(data):
-        return b"%x\r\n%b\r\n" % (len(data), data)
-    return b"".join(
-        b"%x\r\n%b\r\n" % (len(p), p) for p in (data[i : i + size] for i in range(0, len(data), size))
-    )
+def word(script: Script, i: int) -> str:
+    """Return the piece of an answer's text with this number, from 0."""
+    return f"w{i % CYCLE} " if script.text is None else words(script.text)[i]

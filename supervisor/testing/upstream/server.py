@@ -11,26 +11,27 @@ Nothing here is unbounded: connections, request sizes, what is buffered of a pip
 from __future__ import annotations
 
 import math
-import select
 import socket
 import ssl
 import struct
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import attrs
 import h11
-import msgspec
 import trio
 
-from supervisor.errors import ConfigurationError
-from supervisor.testing.upstream.script import Close, Hang, Pause, Script, Send, Step, plan, script_for_model
+from supervisor.testing.upstream.plan import Close, Hang, Pause, Send, Step, Until
+from supervisor.testing.upstream.records import UpstreamConnection, UpstreamExchange, UpstreamRequest
+from supervisor.testing.upstream.responder import Responder
+from supervisor.testing.upstream.script import Script
+from supervisor.testing.upstream.stored import StoredResponse
 
-__all__ = ["AcceptMode", "SimulatedUpstream", "UpstreamConnection", "UpstreamRequest", "unreachable_url"]
+__all__ = ["AcceptMode", "SimulatedUpstream"]
 
 AcceptMode = Literal["normal", "silent", "close", "reset"]
 """What a new connection gets before any request: service; silence (also no TLS handshake); a FIN; a RST."""
@@ -43,94 +44,15 @@ class _GoneError(Exception):
     """The client has closed, or asked for what cannot be given."""
 
 
-@attrs.frozen(kw_only=True)
-class UpstreamRequest:
-    """One request as it arrived."""
-
-    number: int
-    """From 1, over all connections."""
-    connection: int
-    method: str
-    target: str
-    headers: tuple[tuple[str, str], ...]
-    """Names in lower case, in the order sent."""
-    body: bytes
-    at: float
-    """By trio's clock."""
-
-    def header(self, name: str, default: str = "") -> str:
-        """Return the first value of a header."""
-        return next((value for key, value in self.headers if key == name.lower()), default)
-
-    def json(self) -> Any:
-        """Return the body, decoded. Raises msgspec.DecodeError."""
-        return msgspec.json.decode(self.body)
-
-    @property
-    def credential(self) -> str:
-        """The bearer token or `x-api-key` of the request."""
-        scheme, _, token = self.header("authorization").partition(" ")
-        return token if scheme.lower() == "bearer" else self.header("x-api-key") or self.header("api-key")
-
-
-@attrs.define(eq=False, kw_only=True)
-class UpstreamConnection:
-    """One connection, seen from the upstream's side. Times are by trio's clock."""
-
-    number: int
-    opened_at: float
-    closed_at: float | None = None
-    closed_monotonic_s: float | None = None
-    """`time.monotonic()` at the close, comparable with another process on the same machine."""
-    closed_by: Literal["eof", "reset", "upstream"] | None = None
-    """How it ended: the client's FIN, the client's RST (or its death while we wrote), or our own doing. None: open."""
-    bytes_received: int = 0
-    bytes_sent: int = 0
-    events_sent: int = 0
-    """Token events of all answers on this connection."""
-    requests: int = 0
-    _lot: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot, init=False, repr=False)
-
-    @property
-    def open(self) -> bool:
-        """Whether neither side has closed it."""
-        return self.closed_by is None
-
-    async def wait_closed(self) -> None:
-        """Wait until the upstream has seen the end of the connection. May be cancelled."""
-        await self._wait_until(lambda: not self.open)
-
-    async def wait_events(self, count: int) -> None:
-        """Wait until so many events were written, or the connection has ended. May be cancelled."""
-        await self._wait_until(lambda: self.events_sent >= count or not self.open)
-
-    async def _wait_until(self, true: Callable[[], bool]) -> None:
-        await trio.lowlevel.checkpoint()
-        while not true():
-            await self._lot.park()
-
-    def _sent(self, nbytes: int, events: int) -> None:
-        self.bytes_sent += nbytes
-        self.events_sent += events
-        self._lot.unpark_all()
-
-    def _closed(self, by: Literal["eof", "reset", "upstream"]) -> None:
-        if self.closed_by is None:
-            self.closed_by = by
-            self.closed_at = trio.current_time()
-            self.closed_monotonic_s = time.monotonic()
-            self._lot.unpark_all()
-
-
 @attrs.define(eq=False, kw_only=True)
 class SimulatedUpstream:
-    """An OpenAI-compatible server on loopback with scripted faults.
+    """A provider on loopback with scripted faults, which speaks every dialect: the request's path says which.
 
     `async with SimulatedUpstream() as up:` serves until the block is left, then closes every connection; or run it in a
     nursery of your own with `await nursery.start(up.run)`. `up.base_url` ends in `/v1`.
 
     What a request gets is decided by, in this order: the next script of `enqueue`; `respond(request)` where that gives
-    one; the request's model name if it begins with `sim/` (see `script.py`); `default`.
+    one; its `x-sim-script` header, or its model name, if that begins with `sim/` (see `script.py`); `default`.
     """
 
     respond: Callable[[UpstreamRequest], Script | None] | None = None
@@ -147,17 +69,21 @@ class SimulatedUpstream:
     max_connections: int = 4096
     max_request_bytes: int = 16 << 20
     max_records: int = 10_000
-    """How many requests and connections are remembered; the oldest are forgotten first."""
+    """How many requests, connections, exchanges and stored responses are remembered; the oldest are forgotten first."""
 
     requests: deque[UpstreamRequest] = attrs.field(init=False, repr=False)
     connections: deque[UpstreamConnection] = attrs.field(init=False, repr=False)
+    ledger: deque[UpstreamExchange] = attrs.field(init=False, repr=False)
+    """What each request was answered, how much of it was sent, and how much it is billed for."""
     accepted: int = attrs.field(default=0, init=False)
     turned_away: int = attrs.field(default=0, init=False)
     """Connections closed at once because `max_connections` were open."""
     request_count: int = attrs.field(default=0, init=False)
+    ended_count: int = attrs.field(default=0, init=False)
+    """Answers that have ended, however."""
     _open: dict[int, UpstreamConnection] = attrs.field(factory=dict, init=False, repr=False)
-    _queue: deque[Script] = attrs.field(factory=deque, init=False, repr=False)
-    _faulted: OrderedDict[Script, int] = attrs.field(factory=OrderedDict, init=False, repr=False)
+    _last_ended: UpstreamExchange = attrs.field(init=False, repr=False)
+    _responder: Responder = attrs.field(init=False, repr=False)
     _lot: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot, init=False, repr=False)
     _entered: AbstractAsyncContextManager[trio.Nursery] | None = attrs.field(
         default=None, init=False, repr=False
@@ -167,6 +93,8 @@ class SimulatedUpstream:
     def __attrs_post_init__(self) -> None:
         self.requests = deque(maxlen=self.max_records)
         self.connections = deque(maxlen=self.max_records)
+        self.ledger = deque(maxlen=self.max_records)
+        self._responder = Responder(limit=self.max_records)
 
     # --- what a test asks
 
@@ -183,12 +111,21 @@ class SimulatedUpstream:
 
     def enqueue(self, *scripts: Script) -> None:
         """Give these scripts to the next requests, one each, before any other rule."""
-        self._queue.extend(scripts)
+        self._responder.queue.extend(scripts)
+
+    def response(self, response_id: str) -> StoredResponse:
+        """Return a response of the Responses API by its id. Raises KeyError."""
+        return self._responder.stored[response_id]
 
     async def wait_requests(self, count: int) -> UpstreamRequest:
         """Wait until `count` requests have arrived; return the latest. May be cancelled."""
         await self._wait_until(lambda: self.request_count >= count)
         return self.requests[-1]
+
+    async def wait_ended(self, count: int) -> UpstreamExchange:
+        """Wait until `count` answers have ended, however; return the latest. May be cancelled."""
+        await self._wait_until(lambda: self.ended_count >= count)
+        return self._last_ended
 
     async def wait_accepted(self, count: int) -> UpstreamConnection:
         """Wait until `count` connections were accepted; return the latest. May be cancelled."""
@@ -300,30 +237,64 @@ class SimulatedUpstream:
             request = await self._next_request(stream, incoming, connection)
             if request is None:
                 return
-            steps, kept = self._steps(request)
-            closing = reset = False
-            pace = _Pace()
-            for step in steps:
-                match step:
-                    case Send(data, events):
-                        await _send(stream, connection, data, events, kept)
-                    case Pause(seconds):
-                        await pace.wait(seconds)
-                    case Hang(beat, every_s):
-                        while every_s:
-                            await trio.sleep(every_s)
-                            await _send(stream, connection, beat, 0, kept)
-                        await trio.sleep_forever()
-                    case Close(reset):
-                        closing = True
-                        break
-            if reset:
-                _reset_on_close(sock)
-            elif closing and isinstance(stream, trio.SSLStream) and kept.fault is None:
-                with trio.move_on_after(1):
-                    await stream.aclose()  # a close_notify; a dropped connection is cut without one
+            exchange = UpstreamExchange(request=request)
+            self.ledger.append(exchange)
+            steps = self._responder.answer(
+                request, exchange, respond=self.respond, default=self.default, report=self.report
+            )
+            try:
+                closing = await self._carry_out(steps, stream, sock, connection, exchange)
+            except _GoneError:
+                exchange.ended = "client"
+                raise
+            finally:
+                if exchange.ended is None:  # cancelled: the client has gone, or the simulator is being closed
+                    exchange.ended = "upstream" if connection.open else "client"
+                self.ended_count += 1
+                self._last_ended = exchange
+                self._lot.unpark_all()
             if closing or request.header("connection").lower() == "close":
                 return
+
+    async def _carry_out(
+        self,
+        steps: Iterator[Step],
+        stream: trio.abc.Stream,
+        sock: trio.socket.SocketType,
+        connection: UpstreamConnection,
+        exchange: UpstreamExchange,
+    ) -> bool:
+        """Carry out the steps of one answer; return whether the connection is to be closed."""
+        script = exchange.script
+        closing = reset = False
+        pace = _Pace()
+        for step in steps:
+            match step:
+                case Send(data, words, events):
+                    await _send(stream, connection, data, words, script)
+                    exchange.words_sent += words
+                    exchange.events_sent += events
+                case Pause(seconds):
+                    await pace.wait(seconds)
+                case Until(at):
+                    await trio.sleep_until(at)
+                case Hang(beat, every_s):
+                    while every_s:
+                        await trio.sleep(every_s)
+                        await _send(stream, connection, beat, 0, script)
+                    await trio.sleep_forever()
+                case Close(reset):
+                    closing = True
+                    break
+        exchange.ended = "upstream" if script.fault is not None else "whole"
+        if exchange.ended == "whole" and exchange.response is not None:
+            exchange.response.kept = True
+        if reset:
+            _reset_on_close(sock)
+        elif closing and isinstance(stream, trio.SSLStream) and script.fault is None:
+            with trio.move_on_after(1):
+                await stream.aclose()  # a close_notify; a dropped connection is cut without one
+        return closing
 
     async def _next_request(
         self, stream: trio.abc.Stream, incoming: _Incoming, connection: UpstreamConnection
@@ -373,45 +344,6 @@ class SimulatedUpstream:
         self._lot.unpark_all()
         return request
 
-    # --- what to answer
-
-    def _steps(self, request: UpstreamRequest) -> tuple[Iterator[Step], Script]:
-        path = request.target.partition("?")[0]
-        if request.method == "GET" and path.endswith("/models"):
-            script = _json_script(
-                200, {"object": "list", "data": [{"id": "sim/ok", "object": "model", "owned_by": "sim"}]}
-            )
-            return plan(script), script
-        if request.method == "GET" and path == "/sim/report":
-            script = _json_script(200, self.report())
-            return plan(script), script
-        if request.method != "POST" or not path.endswith("/chat/completions"):
-            script = _refusal(404, f"no such route: {request.method} {path}")
-            return plan(script), script
-        try:
-            asked = msgspec.json.decode(request.body, type=dict[str, Any])
-            script = self._script(request, asked)
-        except (msgspec.DecodeError, ConfigurationError) as exc:
-            script = _refusal(400, str(exc))
-            return plan(script), script
-        return plan(script, credential=request.credential, stream=asked.get("stream") is True), script
-
-    def _script(self, request: UpstreamRequest, asked: dict[str, Any]) -> Script:
-        script = self._queue.popleft() if self._queue else None
-        if script is None and self.respond is not None:
-            script = self.respond(request)
-        if script is None and isinstance(model := asked.get("model"), str):
-            script = script_for_model(model)
-        if script is None:
-            script = self.default
-        if script.times is None:
-            return script
-        seen = self._faulted.pop(script, 0)
-        self._faulted[script] = seen + 1
-        while len(self._faulted) > self.max_records:
-            self._faulted.popitem(last=False)
-        return script if seen < script.times else script.well()
-
     def report(self) -> dict[str, Any]:
         """Return what was seen, as JSON-able data; also served at `/sim/report` for a simulator in its own process."""
         return {
@@ -431,6 +363,7 @@ class SimulatedUpstream:
                 }
                 for c in self.connections
             ],
+            "ledger": [exchange.to_json_object() for exchange in self.ledger],
         }
 
 
@@ -524,38 +457,3 @@ async def _send(
 
 def _reset_on_close(sock: trio.socket.SocketType) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
-
-
-def _json_script(status: int, value: object) -> Script:
-    return Script(status=status, body=msgspec.json.encode(value), content_type="application/json")
-
-
-def _refusal(status: int, message: str) -> Script:
-    return Script(status=status, message=message, code="simulated_upstream")
-
-
-@contextmanager
-def unreachable_url(*, mode: Literal["refused", "unanswered"] = "refused") -> Iterator[str]:
-    """Give a base URL on loopback to which no connection can be made, and keep its port while the block runs.
-
-    `refused`: the kernel answers with a RST. `unanswered`: a listener whose backlog is full and who never accepts, so that
-    a connect waits (Linux; elsewhere the connect may succeed and be met with silence).
-    """
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
-        fillers: list[socket.socket] = []
-        try:
-            if mode == "unanswered":
-                sock.listen(0)
-                while len(fillers) < 8:
-                    filler = socket.socket()
-                    filler.setblocking(False)
-                    filler.connect_ex(sock.getsockname())
-                    fillers.append(filler)
-                    if not select.select([], [filler], [], 0.02)[1]:
-                        break  # this one's SYN was dropped: the backlog is full
-            yield url
-        finally:
-            for filler in fillers:
-                filler.close()
