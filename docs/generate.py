@@ -34,7 +34,7 @@ from supervisor.stores import MemoryStore
 from supervisor.stores.sqlite import SQLiteStore
 from supervisor.streams import spec
 from supervisor.testing.upstream import SimulatedUpstream
-from supervisor.upstream import RetryPolicy, StreamTransport, source, transport
+from supervisor.upstream import RetryPolicy, StreamTransport, attempt, source, transport
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -128,8 +128,17 @@ CONSTANTS: Sequence[tuple[str, str, object]] = (
     ),
     ("supervisor.streams.spec.MAX_META_BYTES", "The `meta` of a stream, as JSON.", spec.MAX_META_BYTES),
     ("supervisor.upstream.source.MAX_REQUEST_BYTES", "A request's body.", source.MAX_REQUEST_BYTES),
-    ("supervisor.upstream.source.ERROR_BODY_BYTES", "Read of an HTTP error's body.", source.ERROR_BODY_BYTES),
-    ("supervisor.upstream.source.ERROR_BODY_S", "How long it is waited for.", source.ERROR_BODY_S),
+    (
+        "supervisor.upstream.attempt.ERROR_BODY_BYTES",
+        "Read of an HTTP error's body.",
+        attempt.ERROR_BODY_BYTES,
+    ),
+    ("supervisor.upstream.attempt.ERROR_BODY_S", "How long it is waited for.", attempt.ERROR_BODY_S),
+    (
+        "supervisor.upstream.attempt.MAX_REDIRECTS",
+        "Redirects that one attempt follows.",
+        attempt.MAX_REDIRECTS,
+    ),
     (
         "supervisor.upstream.transport.RACE_S",
         "How long after a request on a reused connection its silent end counts as the server's idle timeout.",
@@ -293,13 +302,16 @@ def _attribute_docstrings(kind: type) -> dict[str, str]:
 
 UPSTREAM_KEYS = {
     "base_url": "Up to and with the version, as for the providers' SDKs: `https://api.openai.com/v1`. Required.",
-    "path": "What follows `base_url`; by default the dialect's own, `/chat/completions`.",
+    "path": "What follows `base_url`; by default the dialect's own, such as `/chat/completions`.",
     "dialect": "How its streams are read. Default: `openai-chat`.",
     "api_key_env": "The environment variable that holds the key, read for each request.",
     "api_key_file": "A file that holds the key alone, read for each request. Not beside `api_key_env`.",
-    "api_key_header": "The header that takes the key as it is. Default: `bearer`, which is `Authorization: Bearer …`.",
+    "api_key_header": "The header that takes the key as it is, or `bearer`, which is `Authorization: Bearer …`. Default: the dialect's.",
     "proxy": "`http://[user:password@]host:port`, or `direct`. Default: what `HTTPS_PROXY` and the like say.",
     "headers": "A table of headers sent with each request. Not for secrets.",
+    "models": "A table of model names: a request's `model` that is a key here is sent as the value.",
+    "prefill": "How an `openai-chat` server is told to go on from an assistant's text: `assistant`, `prefix`, `partial` or `continue_final_message`.",
+    "fallback": "An array of upstreams of the same dialect, asked in turn when this one fails before the first event.",
     "deadlines": "A table with the keys of `[deadlines]`; what is left out is as there.",
     "retry": "A table with the keys of `[retry]`; what is left out is as there.",
 }
@@ -311,7 +323,7 @@ TOLD_TABLES = {
     "limits": "a supervisor and each of its streams",
     "memory": "what the memory manager reaps, oldest stream first",
     "deadlines": "the clocks of a stream; one that runs out ends it as `expired`",
-    "retry": "attempts before the first event",
+    "retry": "attempts, and what may be done once an answer has begun",
     "control.limits.link": "one connection",
     "control.limits.session": "one client",
 }

@@ -422,6 +422,9 @@ _UPSTREAM_KEYS = {
     "api_key_header": str,
     "proxy": str,
     "headers": dict,
+    "models": dict,
+    "prefill": str,
+    "fallback": tuple[str, ...],
     "deadlines": Deadlines,
     "retry": RetryPolicy,
 }
@@ -430,10 +433,29 @@ _UPSTREAM_KEYS = {
 def _upstreams(value: object, where: _Where, defaults: Config) -> tuple[Upstream, ...]:
     if not isinstance(value, dict):
         raise ConfigurationError(f"{where.source}: upstreams", value, "tables, [upstreams.NAME]")
-    return tuple(_upstream(name, table, where.table(name), defaults) for name, table in value.items())
+    made: dict[str, Upstream] = {}
+    fallbacks: dict[str, tuple[str, ...]] = {}
+    for name, table in value.items():
+        made[name], fallbacks[name] = _upstream(name, table, where.table(name), defaults)
+    return tuple(
+        _with_fallback(upstream, fallbacks[name], made, where.table(name)) for name, upstream in made.items()
+    )
 
 
-def _upstream(name: str, value: object, where: _Where, defaults: Config) -> Upstream:
+def _with_fallback(
+    upstream: Upstream, names: tuple[str, ...], made: Mapping[str, Upstream], where: _Where
+) -> Upstream:
+    for name in names:
+        if name not in made:
+            known = ", ".join(sorted(made.keys() - {upstream.name})) or "there is no other"
+            raise where.error("fallback", name, f"upstreams of this file: {known}")
+    try:
+        return attrs.evolve(upstream, fallback=[made[name] for name in names])
+    except ConfigurationError as error:
+        raise where.refused(error) from None
+
+
+def _upstream(name: str, value: object, where: _Where, defaults: Config) -> tuple[Upstream, tuple[str, ...]]:
     if not _UPSTREAM_NAME.fullmatch(name):
         raise ConfigurationError(
             f"{where.source}: [upstreams]", name, "a name of 1 to 64 letters, digits, '.', '_' and '-'"
@@ -447,8 +469,8 @@ def _upstream(name: str, value: object, where: _Where, defaults: Config) -> Upst
         if key not in _UPSTREAM_KEYS:
             advice = "api_key_env (the name of an environment variable) or api_key_file: a secret is not written here"
             raise where.unknown(key, list(_UPSTREAM_KEYS), hint=advice if _SECRET_KEY.search(key) else "")
-        if key == "headers":
-            options[key] = _headers(given, where)
+        if key in {"headers", "models"}:
+            options[key] = _strings(given, where, key)
         elif key == "deadlines":
             options[key] = _merged(defaults.deadlines, given, where.table(key))
         elif key == "retry":
@@ -466,10 +488,11 @@ def _upstream(name: str, value: object, where: _Where, defaults: Config) -> Upst
         raise where.error("api_key_header", header, "api_key_env or api_key_file beside it")
     try:
         if env is not None:
-            options["credential"] = Credential.from_env(env, header=header or "bearer")
+            options["credential"] = Credential.from_env(env, header=header)
         elif file is not None:
-            options["credential"] = Credential.from_file(file, header=header or "bearer")
-        return Upstream(name=name, **options)
+            options["credential"] = Credential.from_file(file, header=header)
+        fallback = options.pop("fallback", ())
+        return Upstream(name=name, **options), fallback
     except ConfigurationError as error:
         raise where.refused(error) from None
 
@@ -481,12 +504,12 @@ def _merged(default: _T, value: object, where: _Where) -> _T:
     return attrs.evolve(default, **{key: getattr(given, key) for key in value})  # type: ignore[misc]  # every table is attrs
 
 
-def _headers(value: object, where: _Where) -> dict[str, str]:
+def _strings(value: object, where: _Where, key: str) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise ConfigurationError(where.field("headers"), _Hidden(), "a table of strings")
+        raise ConfigurationError(where.field(key), _Hidden(), "a table of strings")
     for name, text in value.items():
         if not isinstance(text, str):
-            raise ConfigurationError(where.table("headers").field(name), _Hidden(), "a string")
+            raise ConfigurationError(where.table(key).field(name), _Hidden(), "a string")
     return dict(value)
 
 

@@ -148,13 +148,40 @@ def test_environment_offers_upstreams() -> None:
     """Keys in the environment make upstreams; one of the file with the same name wins; `discover` turns it off."""
     environ = {"OPENAI_API_KEY": SECRET, "OPENAI_BASE_URL": "http://127.0.0.1:9/v1", "GROQ_API_KEY": SECRET}
     found = parse("[retry]\nattempts = 3").all_upstreams(environ)
-    assert sorted(found) == ["groq", "openai"]
+    assert sorted(found) == ["groq", "openai", "openai-responses"]
     assert found["openai"].base_url == "http://127.0.0.1:9/v1"
     assert found["openai"].retry.attempts == 3
     assert SECRET not in repr(found)
     mine = parse('[upstreams.openai]\nbase_url = "http://127.0.0.1:8"').all_upstreams(environ)
     assert mine["openai"].base_url == "http://127.0.0.1:8"
     assert parse("discover = false").all_upstreams(environ) == {}
+
+
+RESUMING = """
+[upstreams.main]
+base_url = "http://127.0.0.1:1"
+prefill = "continue_final_message"
+fallback = ["spare", "last"]
+retry.resume = ["sequence", "continuation", "restart"]
+[upstreams.main.models]
+"ours" = "vendor/theirs"
+[upstreams.spare]
+base_url = "http://127.0.0.1:2"
+[upstreams.last]
+base_url = "http://127.0.0.1:3"
+fallback = ["main"]
+"""
+
+
+def test_what_an_upstream_may_do_when_it_fails() -> None:
+    """Fallbacks are upstreams of the file, wherever in it they stand; a fallback's own are not asked."""
+    main, spare, last = parse(RESUMING).upstreams
+    assert [upstream.name for upstream in main.fallback] == ["spare", "last"]
+    assert [upstream.fallback for upstream in main.fallback] == [(), ()]
+    assert [upstream.name for upstream in last.fallback] == ["main"]
+    assert (main.prefill, main.models) == ("continue_final_message", {"ours": "vendor/theirs"})
+    assert main.retry.resume == ("sequence", "continuation", "restart")
+    assert spare.retry.resume == ("sequence",)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +219,15 @@ def test_environment_offers_upstreams() -> None:
         ("[upstreams]\nx = 3", ["upstreams.x", "a table, [upstreams.x]"]),
         ("[upstreams.'a b']\nbase_url = 'http://h'", ["[upstreams]", "'a b'", "a name"]),
         ("[upstreams.x]\n", ["[upstreams.x] base_url", "https://api.openai.com/v1"]),
+        ("[upstreams.x]\nbase_url = 'http://h'\nfallback = ['y']", ["[upstreams.x] fallback", "'y'"]),
+        ("[upstreams.x]\nbase_url = 'http://h'\nfallback = ['x']", ["[upstreams.x] fallback", "'x'"]),
+        (
+            "[upstreams]\nx = {base_url = 'http://h', fallback = ['y']}\ny = {base_url = 'http://h', dialect = 'anthropic'}",
+            ["[upstreams.x] fallback", "y (anthropic)", "the same dialect"],
+        ),
+        ("[upstreams.x]\nbase_url = 'http://h'\nprefill = 'yes'", ["[upstreams.x] prefill", "'yes'"]),
+        ("[upstreams.x]\nbase_url = 'http://h'\nmodels = {a = 3}", ["[upstreams.x.models] a", "a string"]),
+        ("[retry]\nresume = ['sequenz']", ["[retry] resume", "sequenz", "continuation"]),
         ("[upstreams.x]\nbase_url = 'ftp://h'", ["[upstreams.x] base_url", "http://"]),
         ("[upstreams.'a.b']\nbase_url = 'ftp://h'", ["[upstreams.a.b] base_url", "http://"]),
         (

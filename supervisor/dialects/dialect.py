@@ -72,6 +72,8 @@ class Asking:
 
     path: str | None = None
     """What follows the base URL; None: every upstream of this dialect must say."""
+    key_header: str = "bearer"
+    """Where the credential goes: `bearer` (`Authorization: Bearer …`), or the name of a header that takes it as it is."""
     first: Callable[[Mapping[str, Any], str], Call] | None = None
     """Make the request that starts the answer, of the JSON object and the upstream's path. None: post the object with
     `"stream": true` to the path. Raises ConfigurationError for an object that cannot be a streaming request."""

@@ -527,10 +527,13 @@ GEMINI: Final = Dialect(
     reader=_GeminiReader,
     fault=_fault,
     endings=_ENDINGS,
-    asking=Asking(path=f"{_PATH}?alt=sse", first=_first),
+    asking=Asking(path=f"{_PATH}?alt=sse", key_header="x-goog-api-key", first=_first),
     stop="drain",
     usage_rule=_USAGE_RULE,
 )
 GEMINI_JSONARRAY: Final = attrs.evolve(
-    GEMINI, name="gemini-jsonarray", framing="json-array", asking=Asking(path=_PATH, first=_first)
+    GEMINI,
+    name="gemini-jsonarray",
+    framing="json-array",
+    asking=Asking(path=_PATH, key_header="x-goog-api-key", first=_first),
 )

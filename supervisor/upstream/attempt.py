@@ -323,7 +323,7 @@ def make_request(upstream: Upstream, call: Call | bytes, secret: str) -> httpx.R
         headers["Content-Type"] = "application/json"
     headers.update(upstream.headers)
     if upstream.credential is not None:
-        name, value = upstream.credential.header_for(secret)
+        name, value = upstream.credential.header_for(secret, default=upstream.dialect.asking.key_header)
         headers[name] = value
     extensions: dict[str, Any] = {}
     if upstream.proxy is not None:

@@ -54,17 +54,21 @@ _OURS = frozenset(
     }
 )  # fmt: skip
 
-_KNOWN: tuple[tuple[str, str, str], ...] = (
-    ("openai", "OPENAI_API_KEY", "https://api.openai.com/v1"),
-    ("openrouter", "OPENROUTER_API_KEY", "https://openrouter.ai/api/v1"),
-    ("groq", "GROQ_API_KEY", "https://api.groq.com/openai/v1"),
-    ("mistral", "MISTRAL_API_KEY", "https://api.mistral.ai/v1"),
-    ("deepseek", "DEEPSEEK_API_KEY", "https://api.deepseek.com/v1"),
-    ("xai", "XAI_API_KEY", "https://api.x.ai/v1"),
-    ("together", "TOGETHER_API_KEY", "https://api.together.xyz/v1"),
-    ("fireworks", "FIREWORKS_API_KEY", "https://api.fireworks.ai/inference/v1"),
+_KNOWN: tuple[tuple[str, str, str, str], ...] = (
+    ("openai", "OPENAI_API_KEY", "https://api.openai.com/v1", "openai-chat"),
+    ("openai-responses", "OPENAI_API_KEY", "https://api.openai.com/v1", "openai-responses"),
+    ("anthropic", "ANTHROPIC_API_KEY", "https://api.anthropic.com/v1", "anthropic"),
+    ("gemini", "GEMINI_API_KEY", "https://generativelanguage.googleapis.com/v1beta", "gemini"),
+    ("cohere", "COHERE_API_KEY", "https://api.cohere.com/v2", "cohere"),
+    ("openrouter", "OPENROUTER_API_KEY", "https://openrouter.ai/api/v1", "openai-chat"),
+    ("groq", "GROQ_API_KEY", "https://api.groq.com/openai/v1", "openai-chat"),
+    ("mistral", "MISTRAL_API_KEY", "https://api.mistral.ai/v1", "openai-chat"),
+    ("deepseek", "DEEPSEEK_API_KEY", "https://api.deepseek.com/v1", "openai-chat"),
+    ("xai", "XAI_API_KEY", "https://api.x.ai/v1", "openai-chat"),
+    ("together", "TOGETHER_API_KEY", "https://api.together.xyz/v1", "openai-chat"),
+    ("fireworks", "FIREWORKS_API_KEY", "https://api.fireworks.ai/inference/v1", "openai-chat"),
 )
-"""Name, variable of the key, base URL: the providers that speak OpenAI's chat streaming."""
+"""Name, variable of the key, base URL and dialect of the providers that are found by their key."""
 
 
 # --- credentials -----------------------------------------------------------------------------------------------------
@@ -77,8 +81,8 @@ class Credential:
     kind: Literal["env", "file"]
     where: str
     """The variable's name, or the file's path."""
-    header: str = "bearer"
-    """`bearer` (`Authorization: Bearer …`), or the name of a header that takes the secret as it is."""
+    header: str | None = None
+    """`bearer` (`Authorization: Bearer …`), or the name of a header that takes the secret as it is; None: the dialect's."""
 
     def __attrs_post_init__(self) -> None:
         if self.kind not in ("env", "file"):
@@ -88,19 +92,19 @@ class Credential:
             raise ConfigurationError("credential.env", "(not shown)", "the name of an environment variable")
         if self.kind == "file" and (not self.where or "\0" in self.where):
             raise ConfigurationError("credential.file", "(not shown)", "the path of a file")
-        if not _TOKEN.fullmatch(self.header) or self.header.lower() in _OURS:
+        if self.header is not None and (not _TOKEN.fullmatch(self.header) or self.header.lower() in _OURS):
             raise ConfigurationError("credential.header", self.header, "'bearer' or the name of a header")
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.where}"
 
     @classmethod
-    def from_env(cls, name: str, *, header: str = "bearer") -> Credential:
+    def from_env(cls, name: str, *, header: str | None = None) -> Credential:
         """Take the secret from an environment variable, read at each use."""
         return cls(kind="env", where=name, header=header)
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], *, header: str = "bearer") -> Credential:
+    def from_file(cls, path: str | os.PathLike[str], *, header: str | None = None) -> Credential:
         """Take the secret from a file, read at each use; white space around it is dropped."""
         return cls(kind="file", where=os.fspath(path), header=header)
 
@@ -126,13 +130,10 @@ class Credential:
             )
         return value
 
-    def header_for(self, secret: str) -> tuple[str, str]:
+    def header_for(self, secret: str, *, default: str = "bearer") -> tuple[str, str]:
         """Return the name and value of the header that carries a secret."""
-        return (
-            ("Authorization", f"Bearer {secret}")
-            if self.header.lower() == "bearer"
-            else (self.header, secret)
-        )
+        header = self.header or default
+        return ("Authorization", f"Bearer {secret}") if header.lower() == "bearer" else (header, secret)
 
     def _from_env(self, environ: Mapping[str, str]) -> str:
         try:
@@ -215,7 +216,8 @@ def _check_headers(instance: Upstream, _: attrs.Attribute[Any], value: Mapping[o
             raise ConfigurationError(field, name, "headers other than those that the transport sets itself")
         credential = instance.credential
         if _SECRET_HEADER.search(name) or (
-            credential is not None and name.lower() == credential.header.lower()
+            credential is not None
+            and name.lower() == (credential.header or instance.dialect.asking.key_header).lower()
         ):
             raise ConfigurationError(
                 field, name, f"no header that carries a secret: use credential with header = {name!r}"
@@ -391,9 +393,12 @@ def discover(environ: Mapping[str, str] | None = None) -> list[Upstream]:
     """
     environ = os.environ if environ is None else environ
     found = []
-    for name, variable, base_url in _KNOWN:
+    for name, variable, base_url, dialect in _KNOWN:
         if not environ.get(variable, "").strip():
             continue
-        base = environ.get("OPENAI_BASE_URL", "").strip() or base_url if name == "openai" else base_url
-        found.append(Upstream(name=name, base_url=base, credential=Credential.from_env(variable)))
+        own = environ.get("OPENAI_BASE_URL", "").strip() if variable == "OPENAI_API_KEY" else ""
+        credential = Credential.from_env(variable)
+        found.append(
+            Upstream(name=name, base_url=own or base_url, dialect=find(dialect), credential=credential)
+        )
     return found

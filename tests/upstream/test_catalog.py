@@ -12,6 +12,7 @@ import pytest
 
 from supervisor.dialects.catalog import find
 from supervisor.errors import ConfigurationError
+from supervisor.upstream.attempt import make_request
 from supervisor.upstream.catalog import Credential, Upstream, discover
 
 URL = "https://api.example.com/v1"
@@ -177,17 +178,45 @@ def test_no_way_to_show_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_discovery() -> None:
-    """An upstream for each known key that is set, with OPENAI_BASE_URL for the first."""
-    keys = ["OPENAI", "OPENROUTER", "GROQ", "MISTRAL", "DEEPSEEK", "XAI", "TOGETHER", "FIREWORKS"]
+    """An upstream for each known key that is set (two for OpenAI's, of its two dialects), with its OPENAI_BASE_URL."""
+    keys = ["OPENAI", "ANTHROPIC", "GEMINI", "COHERE", "OPENROUTER", "GROQ", "MISTRAL", "DEEPSEEK"]
+    keys += ["XAI", "TOGETHER", "FIREWORKS"]
     found = discover({f"{key}_API_KEY": SECRET for key in keys})
-    assert [upstream.name for upstream in found] == [key.lower() for key in keys]
+    names = [upstream.name for upstream in found]
+    assert names == ["openai", "openai-responses", *[key.lower() for key in keys[1:]]]
     assert all(upstream.base_url.startswith("https://") for upstream in found)
-    assert [str(upstream.credential) for upstream in found] == [f"env:{key}_API_KEY" for key in keys]
+    assert {str(upstream.credential) for upstream in found} == {f"env:{key}_API_KEY" for key in keys}
+    assert {upstream.dialect.name for upstream in found} == {
+        "openai-chat", "openai-responses", "anthropic", "gemini", "cohere",
+    }  # fmt: skip
     assert SECRET not in repr(found)
-    (own,) = discover(
+
+
+@pytest.mark.parametrize(
+    ("dialect", "name"),
+    [("openai-chat", "authorization"), ("anthropic", "x-api-key"), ("gemini", "x-goog-api-key")],
+)
+def test_each_dialect_has_its_header_for_the_key(dialect: str, name: str) -> None:
+    """Unless the credential says another."""
+    request = {"model": "m", "messages": [], "contents": []}
+    upstream = Upstream(
+        name="u", base_url="http://h", dialect=find(dialect), credential=Credential.from_env("K")
+    )
+    sent = make_request(upstream, upstream.first(request), SECRET)
+    assert SECRET in sent.headers[name]
+    other = attrs.evolve(upstream, credential=Credential.from_env("K", header="api-key"))
+    sent = make_request(other, other.first(request), SECRET)
+    assert sent.headers["api-key"] == SECRET
+    assert name not in sent.headers
+
+
+def test_the_base_url_of_openai_is_that_of_both_its_dialects() -> None:
+    """As for its SDKs."""
+    own, responses = discover(
         {"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": "http://127.0.0.1:8000/v1", "XAI_API_KEY": " "}
     )
     assert own.url == "http://127.0.0.1:8000/v1/chat/completions"
+    assert responses.url == "http://127.0.0.1:8000/v1/responses"
     assert discover({}) == []
     with pytest.raises(ConfigurationError, match="base_url"):
         discover({"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": "nonsense"})
