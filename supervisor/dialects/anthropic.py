@@ -379,7 +379,7 @@ class _MessageReader:
 
 _EVENTS: Final[Mapping[str, Callable[[_MessageReader, dict[str, Any]], tuple[Delta, ...]]]] = {
     # The reader's own methods, by the type of event they read.
-    "content_block_delta": _MessageReader._read_delta,  # noqa: SLF001
+    "content_block_delta": _MessageReader._read_delta,  # noqa: SLF001 - as are all the following
     "content_block_start": _MessageReader._start_block,  # noqa: SLF001
     "content_block_stop": _MessageReader._stop_block,  # noqa: SLF001
     "message": _MessageReader._whole_message,  # noqa: SLF001

@@ -250,9 +250,8 @@ class _ResponseReader:
             self._first_number = number
             self._first_type = _type_name(kind)[:MAX_LABEL_CHARS]
         self._number = number
-        self._last_data = (
-            data if len(data) <= MAX_LAST_BYTES else _kept_data(data)
-        )  # inlined: nearly every event
+        # Nearly every event is short, and a call would cost more than the comparison.
+        self._last_data = data if len(data) <= MAX_LAST_BYTES else _kept_data(data)
 
     # --- items ---
 
@@ -289,8 +288,9 @@ class _ResponseReader:
         if kind == "call":
             self._calls += 1
         self._last[kind] = item
-        self._full = self._full or self._items >= MAX_ITEMS
-        if not self._full:
+        if self._items >= MAX_ITEMS:
+            self._full = True
+        else:
             self._items += 1
             if where.index is not None:
                 self._by_index[where.index] = item
@@ -450,17 +450,16 @@ class _ResponseReader:
             return (Delta(fault=fault),)
         return self._begin({"response": response})
 
-    def _finish(self, value: dict[str, Any]) -> tuple[Delta, ...]:
+    def _finish(self, value: dict[str, Any], told: str) -> tuple[Delta, ...]:
         response = value.get("response")
         if response is None:
             response = value if value.get("object") == "response" else {}
         if not isinstance(response, dict):
             raise UnparseableError(f"a response is a {type(response).__name__}")
-        told = str(value.get("type")).rpartition(".")[2]
         status = response.get("status")
-        if told in ("completed", "done") and status in ("failed", "incomplete", "cancelled"):
+        if told == "completed" and status in ("failed", "incomplete", "cancelled"):
             told = status
-        return self._end(response, "completed" if told == "done" else told)
+        return self._end(response, told)
 
     def _end(self, response: dict[str, Any], status: str) -> tuple[Delta, ...]:
         usage = usage_of(response.get("usage"))
@@ -523,17 +522,21 @@ class _ResponseReader:
 _Read = Callable[[_ResponseReader, dict[str, Any]], tuple[Delta, ...]]
 
 
+def _ends(status: str) -> _Read:
+    """Return what reads the event that ends a response."""
+    return lambda reader, value: reader._finish(value, status)  # noqa: SLF001 - the reader's own method
+
+
 def _texts(kind: Kind, field: str, at: str, source: str | None = None) -> _Read:
     """Return what reads the deltas, or the whole in `source`, of a field of items of a kind."""
-    # The reader's own methods, by the type of event they read.
     if source is None:
-        return lambda reader, value: reader._add_text(value, kind, field, at)  # noqa: SLF001
-    return lambda reader, value: reader._finish_text(value, kind, field, at, source)  # noqa: SLF001
+        return lambda reader, value: reader._add_text(value, kind, field, at)  # noqa: SLF001 - the reader's own method
+    return lambda reader, value: reader._finish_text(value, kind, field, at, source)  # noqa: SLF001 - as above
 
 
 _EVENTS: Final[Mapping[str, _Read]] = {
     # The reader's own methods, by the type of event they read.
-    "response.created": _ResponseReader._begin,  # noqa: SLF001
+    "response.created": _ResponseReader._begin,  # noqa: SLF001 - as are all the following
     "response.queued": _ResponseReader._begin,  # noqa: SLF001
     "response.in_progress": _ResponseReader._begin,  # noqa: SLF001
     "response.output_item.added": _ResponseReader._add_item,  # noqa: SLF001
@@ -552,11 +555,11 @@ _EVENTS: Final[Mapping[str, _Read]] = {
     "response.function_call_arguments.done": _ResponseReader._finish_input,  # noqa: SLF001
     "response.custom_tool_call_input.delta": _ResponseReader._add_input,  # noqa: SLF001
     "response.custom_tool_call_input.done": _ResponseReader._finish_input,  # noqa: SLF001
-    "response.completed": _ResponseReader._finish,  # noqa: SLF001
-    "response.done": _ResponseReader._finish,  # noqa: SLF001
-    "response.incomplete": _ResponseReader._finish,  # noqa: SLF001
-    "response.failed": _ResponseReader._finish,  # noqa: SLF001
-    "response.cancelled": _ResponseReader._finish,  # noqa: SLF001
+    "response.completed": _ends("completed"),
+    "response.done": _ends("completed"),
+    "response.incomplete": _ends("incomplete"),
+    "response.failed": _ends("failed"),
+    "response.cancelled": _ends("cancelled"),
 }
 
 
