@@ -13,11 +13,12 @@ from supervisor.dialects.base import (
     UnparseableError,
     Usage,
 )
-from supervisor.dialects.catalog import BUILTIN, find
+from supervisor.dialects.catalog import BUILTIN, PRESETS, find
 from supervisor.dialects.cohere import COHERE
 from supervisor.dialects.dialect import Asking, Call, Dialect, Endings, Progress
 from supervisor.dialects.fold import Fold
 from supervisor.dialects.gemini import GEMINI, GEMINI_JSONARRAY
+from supervisor.dialects.generic import GENERIC, generic
 from supervisor.dialects.native import NATIVE
 from supervisor.dialects.ollama import OLLAMA
 from supervisor.dialects.openai_chat import OPENAI_CHAT
@@ -32,11 +33,13 @@ __all__ = [
     "COHERE",
     "GEMINI",
     "GEMINI_JSONARRAY",
+    "GENERIC",
     "NATIVE",
     "OLLAMA",
     "OPENAI_CHAT",
     "OPENAI_COMPLETIONS",
     "OPENAI_RESPONSES",
+    "PRESETS",
     "Asking",
     "BodyReader",
     "Call",
@@ -58,4 +61,5 @@ __all__ = [
     "Usage",
     "chat_continuation",
     "find",
+    "generic",
 ]

@@ -64,6 +64,8 @@ class Progress:
     """The last event that is in the journal."""
     last_event_id: str = ""
     """The event stream's last event id (WHATWG HTML, "Server-sent events"); empty if it has none."""
+    path: str = ""
+    """The upstream's path, as `Asking.first` was given it."""
 
 
 @attrs.frozen(kw_only=True)

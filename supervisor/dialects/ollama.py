@@ -16,7 +16,7 @@ reason, and the stream completes as `done`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -33,6 +33,7 @@ MAX_LABEL_CHARS = 256
 """What is kept of a finish reason. A longer name of the model is none."""
 
 _CHAT: Final = "/api/chat"
+_NOTHING: Final = Delta()
 _KNOWN: Final = frozenset({"model", "message", "response", "thinking", "done", "created_at", "status"})
 
 
@@ -59,6 +60,18 @@ class _WireLine(msgspec.Struct, gc=False):
 
 
 _decode_line = msgspec.json.Decoder(_WireLine).decode
+
+
+class _Line(NamedTuple):
+    """What a line says."""
+
+    text: str
+    thinking: str
+    pieces: tuple[CallPiece, ...]
+    model: str | None
+    done: bool
+    reason: str | None
+    usage: Usage | None
 
 
 # --- the reader ------------------------------------------------------------------------------------------------------
@@ -91,7 +104,7 @@ class _OllamaReader:
             # The shortest way, for nearly every line of nearly every stream.
             return (Delta(content, thinking),) if content or thinking else ()
         usage = _usage(line.prompt_eval_count, line.eval_count)
-        return self._take(content, thinking, (), line.model, line.done, line.done_reason, usage)
+        return self._take(_Line(content, thinking, (), line.model, line.done, line.done_reason, usage))
 
     def ending(self) -> str | None:
         """Return the reason why the answer is done, once it is."""
@@ -121,49 +134,38 @@ class _OllamaReader:
             raise UnparseableError(f"done is a {type(done).__name__}")
         model = value.get("model")
         return self._take(
-            text(message.get("content"), "content") or text(value.get("response"), "response"),
-            text(message.get("thinking"), "thinking") or text(value.get("thinking"), "thinking"),
-            _pieces(message.get("tool_calls")) or _pieces(value.get("tool_calls")),
-            model if isinstance(model, str) else "",
-            bool(done),
-            text(value.get("done_reason"), "done_reason"),
-            _usage(count(value.get("prompt_eval_count")), count(value.get("eval_count"))),
+            _Line(
+                text=text(message.get("content"), "content") or text(value.get("response"), "response"),
+                thinking=text(message.get("thinking"), "thinking") or text(value.get("thinking"), "thinking"),
+                pieces=_pieces(message.get("tool_calls")) or _pieces(value.get("tool_calls")),
+                model=model if isinstance(model, str) else None,
+                done=bool(done),
+                reason=text(value.get("done_reason"), "done_reason"),
+                usage=_usage(count(value.get("prompt_eval_count")), count(value.get("eval_count"))),
+            )
         )
 
-    def _take(
-        self,
-        content: str,
-        thinking: str,
-        pieces: tuple[CallPiece, ...],
-        model: str,
-        done: bool,  # noqa: FBT001 - the line's own field
-        reason: str | None,
-        usage: Usage | None,
-    ) -> tuple[Delta, ...]:
+    def _take(self, line: _Line) -> tuple[Delta, ...]:
         """Change the state by what was read, and tell it."""
-        if len(self._calls) + len(pieces) > MAX_CALLS:
+        if len(self._calls) + len(line.pieces) > MAX_CALLS:
             raise UnparseableError(f"more than {MAX_CALLS} tool calls")
-        calls: tuple[ToolCallDelta, ...] = tuple(filter(None, map(self._calls.take, pieces)))
-        new_model = None
-        if model and self._model is None and len(model) <= MAX_LABEL_CHARS:
-            new_model = self._model = model
-        finish = (reason or "")[:MAX_LABEL_CHARS] or None if done else None
-        if done:
+        calls: tuple[ToolCallDelta, ...] = tuple(filter(None, map(self._calls.take, line.pieces)))
+        new_model = finish = None
+        if line.model and self._model is None and len(line.model) <= MAX_LABEL_CHARS:
+            new_model = self._model = line.model
+        if line.done:
             self._terminal = True
-            self._finish_reason = finish
-        if not (content or thinking or calls or done or usage or new_model):
-            return ()
-        return (
-            Delta(
-                content,
-                thinking,
-                tool_calls=calls,
-                finish_reason=finish,
-                usage=usage,
-                model=new_model,
-                terminal=done,
-            ),
+            self._finish_reason = finish = (line.reason or "")[:MAX_LABEL_CHARS] or None
+        delta = Delta(
+            line.text,
+            line.thinking,
+            tool_calls=calls,
+            finish_reason=finish,
+            usage=line.usage,
+            model=new_model,
+            terminal=line.done,
         )
+        return () if delta == _NOTHING else (delta,)
 
 
 def _pieces(calls: Any) -> tuple[CallPiece, ...]:

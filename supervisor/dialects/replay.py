@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from supervisor.dialects.base import Delta, Fault, Snapshot
-from supervisor.dialects.catalog import BUILTIN
+from supervisor.dialects.catalog import BUILTIN, PRESETS
 from supervisor.dialects.fold import Fold
 from supervisor.dialects.reading import BodyReader
 from supervisor.errors import ConfigurationError, RemoteProtocolError
@@ -127,9 +127,9 @@ def replay(dialect: str, data: bytes | Iterable[bytes], *, chunk: int | None = N
     pieces = _pieces(data, chunk)
     if dialect == SSE:
         return _replay_sse(pieces)
-    chosen = BUILTIN.get(dialect)
+    chosen = BUILTIN.get(dialect) or PRESETS.get(dialect)
     if chosen is None or chosen.framing == "none":
-        names = sorted(name for name, known in BUILTIN.items() if known.framing != "none")
+        names = sorted(name for name, known in (BUILTIN | PRESETS).items() if known.framing != "none")
         raise ConfigurationError("dialect", dialect, f"one of {', '.join([*names, SSE])}")
     sink = _Recording()
     body = BodyReader(chosen, sink)
