@@ -113,6 +113,7 @@ class _ResponseReader:
         "_first_number",
         "_first_type",
         "_full",
+        "_hot_id",
         "_hot_index",
         "_hot_item",
         "_hot_kind",
@@ -137,6 +138,7 @@ class _ResponseReader:
         self._calls = 0
         # The place of the last delta: what follows there needs no looking up.
         self._hot_index: int | None = None
+        self._hot_id: str | None = None
         self._hot_kind: type[WireDelta] | None = None
         self._hot_part: int | None = None
         self._hot_item = _NOWHERE
@@ -170,6 +172,7 @@ class _ResponseReader:
                 or index != self._hot_index
                 or kind is not self._hot_kind
                 or wire.part != self._hot_part
+                or wire.item_id != self._hot_id
             ):
                 self._find_hot(wire, kind)
             if kind is TextDelta:
@@ -265,7 +268,8 @@ class _ResponseReader:
             item_kind, field = _FIELDS[kind]
             item = self._find(item_kind, where) or self._open(item_kind, where)
             self._tell(item, field, part or 0)
-        self._hot_index, self._hot_kind, self._hot_part, self._hot_item = where.index, kind, part, item
+        self._hot_index, self._hot_id, self._hot_part = where.index, wire.item_id, part
+        self._hot_kind, self._hot_item = kind, item
 
     def _find(self, kind: Kind, where: Where) -> _Item | None:
         """Return the item that an event is about, if it is known."""
