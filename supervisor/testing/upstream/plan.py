@@ -354,6 +354,9 @@ def _closing(telling: _Telling) -> Iterator[Step]:
         events = [event for event in events if event.kind != "marker"]
     elif script.fault == "error-after-finish":
         events = [event for event in events if event.kind not in ("marker", "usage")]
+    if not telling.answer.count:  # what opens an answer had no word to travel with
+        events = [*_opening(telling), *events]
+        first = 0
     end = [telling.bytes_of(event, at) for at, event in enumerate(events, first)]
     at = first + len(end)
     if script.fault == "error-after-finish":
@@ -417,7 +420,7 @@ def _error(telling: _Telling, at: int) -> bytes:
     if told == "field" and shape.framing == "sse":
         return _framed(script, b"error: " + json(error) + b"\n\n")
     if told == "bare" and shape.framing == "sse":
-        return _framed(script, json(shape.envelope(failure)) + b"\n")
+        return _framed(script, json({"error": error}) + b"\n")
     if told == "string":
         return telling.bytes_of(Event(json({"error": message})), at)
     if told == "flat":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-import attrs
 import msgspec
 
 from supervisor.testing.upstream.answers.openai_chat import messages_prefix
@@ -39,7 +38,9 @@ def _ending(answer: Answer) -> dict[str, Any]:
     return {"done_reason": _DONE.get(finish, finish)} | counts if finish is not None else counts
 
 
-def _shape(said: Callable[..., dict[str, Any]], **fields: Any) -> Shape:
+def _shape(
+    said: Callable[..., dict[str, Any]], calls_of: Callable[[Answer], dict[str, Any]], **fields: Any
+) -> Shape:
     def opening(answer: Answer) -> Iterator[Event]:
         for piece in answer.reasoning:
             yield Event(json(_line(said("", thinking=piece))))
@@ -50,14 +51,14 @@ def _shape(said: Callable[..., dict[str, Any]], **fields: Any) -> Shape:
 
     def closing(answer: Answer, at: int) -> Iterator[Event]:
         del at
-        if calls := _calls(answer):
+        if calls := calls_of(answer):
             yield Event(json(_line(said("", **calls))))
         if answer.finish is not None:
             yield Event(json(_line(said(""), done=True, **_ending(answer))), kind="marker")
 
     def whole(answer: Answer) -> dict[str, Any]:
         thought = {"thinking": "".join(answer.reasoning)} if answer.reasoning else {}
-        return _line(said(answer.text, **thought, **_calls(answer)), done=True, **_ending(answer))
+        return _line(said(answer.text, **thought, **calls_of(answer)), done=True, **_ending(answer))
 
     return Shape(
         name="ollama",
@@ -82,6 +83,12 @@ def _calls(answer: Answer) -> dict[str, Any]:
     return {"tool_calls": [{"function": {"name": answer.script.tool, "arguments": arguments}}]}
 
 
+def _no_calls(answer: Answer) -> dict[str, Any]:
+    """Return nothing: a text is generated, and calls no tool."""
+    del answer
+    return {}
+
+
 def _envelope(failure: Failure) -> dict[str, Any]:
     return {"error": failure.message}
 
@@ -91,5 +98,5 @@ def _error(failure: Failure, at: int) -> Event:
     return Event(json(_envelope(failure)))
 
 
-OLLAMA_CHAT: Final = _shape(_said, prefix=messages_prefix)
-OLLAMA_GENERATE: Final = attrs.evolve(_shape(_generated), prompt=prompt)
+OLLAMA_CHAT: Final = _shape(_said, _calls, prefix=messages_prefix)
+OLLAMA_GENERATE: Final = _shape(_generated, _no_calls, prompt=prompt)
