@@ -45,159 +45,23 @@ from supervisor.dialects.base import Delta, Fault, UnparseableError, Usage
 from supervisor.dialects.dialect import Asking, Call, Dialect, Endings, Progress
 from supervisor.dialects.faults import error_fault, find_fault, http_fault, shown
 from supervisor.dialects.lenient import count, loads
+from supervisor.dialects.places import (
+    DONE,
+    ERROR,
+    FINISH,
+    INPUT_TOKENS,
+    OUTPUT_TOKENS,
+    REASONING,
+    TEXT,
+    Places,
+    markers,
+    pointers,
+    strings,
+)
 from supervisor.dialects.pointers import MISSING, Pointer, lookup, pointer
 from supervisor.errors import ConfigurationError
 
-__all__ = [
-    "DONE",
-    "ERROR",
-    "FINISH",
-    "GENERIC",
-    "INPUT_TOKENS",
-    "OUTPUT_TOKENS",
-    "REASONING",
-    "TEXT",
-    "generic",
-]
-
-TEXT: Final = (
-    "",
-    "/choices/0/delta/content",
-    "/choices/0/text",
-    "/delta/text",
-    "/delta/content",
-    "/delta/content/0/text/value",
-    "/delta/message/content/text",
-    "/delta",
-    "/message/content",
-    "/candidates/0/content/parts/0/text",
-    "/token/text",
-    "/text",
-    "/content",
-    "/response",
-    "/completion",
-    "/answer",
-    "/token",
-    "/generated_text",
-    "/generation",
-    "/outputText",
-    "/output",
-    "/output/text",
-    "/output/choices/0/message/content",
-    "/result/text",
-    "/result/response",
-    "/result",
-    "/data/text",
-    "/data/content",
-    "/data/delta",
-    "/data",
-    "/chunk",
-    "/chunk/text",
-    "/value",
-    "/message",
-)
-"""Where the text of an event commonly stands."""
-
-REASONING: Final = (
-    "/choices/0/delta/reasoning_content",
-    "/choices/0/delta/reasoning",
-    "/delta/thinking",
-    "/delta/reasoning",
-    "/delta/reasoning_content",
-    "/message/thinking",
-    "/message/reasoning_content",
-    "/thinking",
-    "/reasoning",
-    "/reasoning_content",
-)
-"""Where the text of reasoning commonly stands. Text of an event or delta whose `type` speaks of thinking is reasoning, too."""
-
-ERROR: Final = (
-    "/error",
-    "/errors",
-    "/last_error",
-    "/response/error",
-    "/error_message",
-    "error",
-    "exception",
-    "failed",
-    "response.failed",
-)
-"""Where errors commonly stand, and the names of events that are errors."""
-
-FINISH: Final = (
-    "/choices/0/finish_reason",
-    "/finish_reason",
-    "/done_reason",
-    "/stop_reason",
-    "/delta/finish_reason",
-    "/delta/stop_reason",
-    "/candidates/0/finishReason",
-    "/finishReason",
-    "/completionReason",
-    "/response/finish_reason",
-    "/incomplete_details/reason",
-    "/token/finish_reason",
-    "/details/finish_reason",
-)
-"""Where the finish reason commonly stands."""
-
-DONE: Final = (
-    "[DONE]",
-    "[END]",
-    "/done=true",
-    "/is_finished=true",
-    "/finished=true",
-    "/is_final=true",
-    "/is_end=true",
-    "/stop=true",
-    "done",
-    "end",
-    "complete",
-    "completed",
-    "close",
-    "finish",
-    "finished",
-    "message_stop",
-    "message_end",
-    "message-end",
-    "stream-end",
-    "stream_end",
-    "response.completed",
-    "interaction.completed",
-    "interaction.complete",
-)
-"""What commonly ends an answer."""
-
-INPUT_TOKENS: Final = (
-    "/usage/prompt_tokens",
-    "/usage/input_tokens",
-    "/message/usage/input_tokens",
-    "/prompt_eval_count",
-    "/usageMetadata/promptTokenCount",
-    "/interaction/usage/total_input_tokens",
-    "/response/usage/input_tokens",
-    "/response/meta/tokens/input_tokens",
-    "/delta/usage/tokens/input_tokens",
-    "/tokens_evaluated",
-    "/metadata/usage/prompt_tokens",
-)
-"""Where the number of input tokens commonly stands."""
-
-OUTPUT_TOKENS: Final = (
-    "/usage/completion_tokens",
-    "/usage/output_tokens",
-    "/eval_count",
-    "/usageMetadata/candidatesTokenCount",
-    "/interaction/usage/total_output_tokens",
-    "/response/usage/output_tokens",
-    "/response/meta/tokens/output_tokens",
-    "/delta/usage/tokens/output_tokens",
-    "/details/generated_tokens",
-    "/tokens_predicted",
-    "/metadata/usage/completion_tokens",
-)
-"""Where the number of output tokens commonly stands."""
+__all__ = ["GENERIC", "generic"]
 
 MAX_LABEL_CHARS: Final = 256
 """What is kept of a finish reason. A longer name of the model or id of the response is none."""
@@ -229,65 +93,6 @@ _NOTHING: Final = Delta()
 _decode_any = msgspec.json.Decoder().decode
 
 
-# --- what is looked for ----------------------------------------------------------------------------------------------
-
-
-@attrs.frozen(kw_only=True)
-class _Places:
-    """Where things stand, in the form in which the reader uses it."""
-
-    text: tuple[Pointer, ...]
-    plain: bool
-    reasoning: tuple[Pointer, ...]
-    errors: tuple[Pointer, ...]
-    error_names: frozenset[str]
-    guess_errors: bool
-    finish: tuple[Pointer, ...]
-    input: tuple[Pointer, ...]
-    output: tuple[Pointer, ...]
-    done: tuple[tuple[Pointer, Any], ...]
-    done_data: frozenset[bytes]
-    done_names: frozenset[str]
-
-
-def _strings(field: str, value: object) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return (value,)
-    if not isinstance(value, Sequence) or not all(isinstance(one, str) for one in value):
-        raise ConfigurationError(field, value, "a string or a list of strings")
-    return tuple(value)
-
-
-def _pointers(field: str, value: str | Sequence[str]) -> tuple[Pointer, ...]:
-    return tuple(pointer(field, one) for one in _strings(field, value))
-
-
-def _markers(value: str | Sequence[str]) -> tuple[list[tuple[Pointer, Any]], set[bytes], set[str]]:
-    places: list[tuple[Pointer, Any]] = []
-    data: set[bytes] = set()
-    names: set[str] = set()
-    for one in _strings("done", value):
-        if one.startswith("/"):
-            where, sign, wanted = one.partition("=")
-            try:
-                expected = _decode_any(wanted.encode()) if sign else MISSING
-            except (ValueError, RecursionError):
-                raise ConfigurationError(
-                    "done", one, 'a pointer and a JSON value, such as "/done=true"'
-                ) from None
-            places.append((pointer("done", where), expected))
-        elif one.startswith("data:") or (one.startswith("[") and one.endswith("]")):
-            text = one.removeprefix("data:").strip()
-            if not text:
-                raise ConfigurationError("done", one, "the data that ends the answer, after `data:`")
-            data.add(text.encode())
-        elif one and not one.isspace():
-            names.add(one.casefold())
-        else:
-            raise ConfigurationError("done", one, 'a marker such as "[DONE]", "/done=true" or "message_stop"')
-    return places, data, names
-
-
 # --- the reader ------------------------------------------------------------------------------------------------------
 
 
@@ -305,7 +110,7 @@ class _GenericReader:
         "_usage",
     )
 
-    def __init__(self, places: _Places) -> None:
+    def __init__(self, places: Places) -> None:
         self._places = places
         self._last: Pointer | None = None
         """Where text was found last."""
@@ -573,26 +378,26 @@ def generic(
             raise ConfigurationError(field, value, f"one of {', '.join(allowed)}")
     if path is not None and not (_is_text(path) and path.startswith("/")):
         raise ConfigurationError("path", path, "a path that begins with /")
-    texts = _pointers("text", text)
+    texts = pointers("text", text)
     if not texts:
         raise ConfigurationError("text", text, "at least one JSON pointer")
-    places, data, names = _markers(done)
-    endings = _pointers("finish", finish)
+    places, data, names = markers(done)
+    endings = pointers("finish", finish)
     if end == "marker" and not (places or data or names or endings):
         raise ConfigurationError(
             "done", done, 'a marker, a `finish` pointer, or end="clean": nothing would end an answer'
         )
-    errors = _strings("error", error)
-    looked_for = _Places(
+    errors = strings("error", error)
+    looked_for = Places(
         text=texts,
         plain=() in texts,
-        reasoning=_pointers("reasoning", reasoning),
+        reasoning=pointers("reasoning", reasoning),
         errors=tuple(pointer("error", one) for one in errors if one.startswith("/")),
         error_names=frozenset(one.casefold() for one in errors if not one.startswith("/")),
         guess_errors=error is ERROR,
         finish=endings,
-        input=_pointers("input_tokens", input_tokens),
-        output=_pointers("output_tokens", output_tokens),
+        input=pointers("input_tokens", input_tokens),
+        output=pointers("output_tokens", output_tokens),
         done=tuple(places),
         done_data=frozenset(data),
         done_names=frozenset(names),
@@ -607,7 +412,7 @@ def generic(
         reader=lambda: _GenericReader(looked_for),
         fault=http_fault,
         endings=Endings(
-            markers=_strings("done", done),
+            markers=strings("done", done),
             well=well,
             errors=(
                 "what stands at an error pointer",

@@ -129,7 +129,7 @@ def replay(dialect: str, data: bytes | Iterable[bytes], *, chunk: int | None = N
         return _replay_sse(pieces)
     chosen = BUILTIN.get(dialect) or PRESETS.get(dialect)
     if chosen is None or chosen.framing == "none":
-        names = sorted(name for name, known in (BUILTIN | PRESETS).items() if known.framing != "none")
+        names = sorted(name for name, known in {**BUILTIN, **PRESETS}.items() if known.framing != "none")
         raise ConfigurationError("dialect", dialect, f"one of {', '.join([*names, SSE])}")
     sink = _Recording()
     body = BodyReader(chosen, sink)
