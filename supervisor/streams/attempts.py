@@ -110,12 +110,14 @@ class Texts:
         if event.kind == "attempt" and decode_attempt(event.payload).rung != "sequence":
             self._reader = self._dialect.reader()
             self._whole = True
-        if event.kind != "data" or event.text:
+        if event.kind != "data":
             return event.text
         try:
             deltas = self._reader.read(event.payload, event.name or "message")
         except UnparseableError:  # it could be read once, after events that are not here
-            return ""
+            return event.text
+        if event.text:
+            return event.text
         if not self._whole and any(delta.restated for delta in deltas):
             self.doubtful = True
         return "".join([delta.text for delta in deltas if not delta.choice])

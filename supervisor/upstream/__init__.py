@@ -1,11 +1,16 @@
 """HTTP to the provider: one connection per stream, on trio."""
 
 from supervisor.upstream.catalog import Credential, Upstream, discover
+from supervisor.upstream.circuit import Circuit, CircuitPolicy, Circuits, CircuitStatistics
 from supervisor.upstream.retry import RetryPolicy
 from supervisor.upstream.source import HttpSource
 from supervisor.upstream.transport import Exchange, StreamTransport, TransportStatistics
 
 __all__ = [
+    "Circuit",
+    "CircuitPolicy",
+    "CircuitStatistics",
+    "Circuits",
     "Credential",
     "Exchange",
     "HttpSource",

@@ -364,6 +364,13 @@ class Upstream:
             return request
         return msgspec.json.encode({**self.asked(request), "stream": True})
 
+    def placed(self, call: Call) -> Call:
+        """Return a later call about an answer, below this upstream's own path if that is not the dialect's."""
+        usual = self.dialect.asking.path
+        if self.path is None or not usual or not call.path.startswith(usual):
+            return call
+        return attrs.evolve(call, path=self.path + call.path[len(usual) :])
+
     def continued(self, request: Mapping[str, Any] | bytes, text: str) -> Mapping[str, Any] | str:
         """Return the request that has the model go on after a text of its own, or the reason why there is none."""
         make = self.dialect.asking.continuation

@@ -302,6 +302,7 @@ class Ladder:
         if call is None:
             return "the provider does not keep this answer"
         details = {"last_event_id": at.last_event_id} if at.last_event_id else {}
+        call = self._upstream.placed(call)
         return Step(rung="sequence", upstream=self._upstream, call=call, details=details)
 
     def _continuation(self, failure: Failure, at: Standing) -> Step | str:
@@ -318,8 +319,8 @@ class Ladder:
         if answer.reasoning or answer.refusal:
             return "reasoning or a refusal had begun, which cannot be given back"
         text = answer.text.rstrip()
-        if not text:
-            return "there is no text to go on from"
+        if not text:  # to go on from nothing is to ask again; nobody misses what is withdrawn
+            return Step(rung="restart", upstream=self._upstream, call=self._upstream.first(self._request))
         request = self._upstream.continued(self._request, text)
         if isinstance(request, str):
             return request

@@ -91,8 +91,12 @@ class HttpSource:
             await climb.run()
         finally:
             if out.abandoned:
-                with trio.move_on_after(_CLEANUP_SHARE * out.cleanup_s, shield=True):
+                with trio.move_on_after(_CLEANUP_SHARE * out.cleanup_s, shield=True) as patience:
                     await climb.stop_there()
+                if patience.cancelled_caught:
+                    out.cleanup_failed(
+                        "the provider did not say in time that it has stopped, or what it used"
+                    )
 
     def _ladder(self) -> Ladder:
         return Ladder(self._request, self._targets, self._retry, draw=self._draw, breakers=self._circuits)
@@ -199,7 +203,9 @@ class _Climb:
         call = asking.cancel(request, response_id)
         while call is not None:
             try:
-                status, body = await ask(transport, upstream, call, max_bytes=_RETRIEVED_BYTES)
+                status, body = await ask(
+                    transport, upstream, upstream.placed(call), max_bytes=_RETRIEVED_BYTES
+                )
             except (UpstreamError, ConfigurationError) as exc:
                 out.cleanup_failed(f"the provider could not be told to stop: {exc}")
                 return

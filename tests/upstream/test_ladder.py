@@ -155,7 +155,6 @@ def test_a_rung_that_failed_for_a_while_is_tried_again() -> None:
         ({"tool_calls": (ToolCall(id="c", name="f", arguments="{"),)}, "a tool call had begun"),
         ({"reasoning": "hm"}, "reasoning or a refusal had begun, which cannot be given back"),
         ({"refusal": "no"}, "reasoning or a refusal had begun, which cannot be given back"),
-        ({"text": " \n"}, "there is no text to go on from"),
     ],
 )
 def test_what_cannot_be_continued(answer: dict[str, Any], why: str) -> None:
@@ -163,6 +162,15 @@ def test_what_cannot_be_continued(answer: dict[str, Any], why: str) -> None:
     climb = ladder("continuation")
     assert climb.next(CUT, standing(answer=answer), 0.0) is None
     assert climb.passed_over["continuation"] == why
+
+
+def test_to_go_on_from_nothing_is_to_ask_again() -> None:
+    """A policy that lets the model go on lets it begin, where only the preamble of an answer was received."""
+    for text in ("", " \n"):
+        step = ladder("continuation").next(CUT, standing(text), 0.0)
+        assert step is not None
+        assert (step.rung, step.call) == ("restart", b'{"keep": true}')
+    assert ladder("sequence", request=b"{}").next(CUT, standing(""), 0.0) is None
 
 
 def test_several_choices_cannot_be_continued() -> None:
