@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,6 +124,35 @@ def test_model_and_id_are_told_once() -> None:
     deltas = tell(GEMINI.reader(), chunk(TEXT, **names), chunk(TEXT, **names), names)
     assert [(delta.model, delta.response_id) for delta in deltas] == [("gemini-x", "r"), (None, None)]
     assert tell(GEMINI.reader(), {**chunk(), "modelVersion": "m" * 999}) == []
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        chunk({"text": "b"}),
+        chunk({"text": "b", "thought": True}),
+        chunk({"text": "b"}, index=1),
+        chunk({"text": "b"}, finish="SAFETY"),
+        chunk({"text": "b"}, {"text": "c", "thought": True}),
+        chunk({"text": "b", "functionCall": {"name": "f"}}),
+        chunk({"text": ""}),
+        chunk({"text": "b"}, responseId="r"),
+        chunk({"text": "b"}, usageMetadata={"promptTokenCount": 4}),
+        chunk({"text": "b"}, usageMetadata={"trafficType": "X"}),
+        {"candidates": [{}]},
+        {"candidates": [{"content": {"parts": []}}]},
+    ],
+)
+@pytest.mark.parametrize(
+    "first", [chunk({"text": "a"}), chunk({"text": "a"}, index=2, finish="STOP"), {"usageMetadata": {}}]
+)
+def test_the_shortest_way_says_the_same(first: dict[str, Any], later: dict[str, Any]) -> None:
+    """Once the model is known most events are read on a shorter way, and mean what they would without it."""
+    short, long = GEMINI.reader(), GEMINI.reader()
+    told = tell(short, {**first, "modelVersion": "m"}, later, later)
+    expected = tell(long, first, later, later)
+    assert attrs.evolve(folded(told), model=None) == folded(expected)
+    assert short.ending() == long.ending()
 
 
 # --- function calls ---
