@@ -6,6 +6,7 @@ dialect's, which reads. They share no code.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -248,3 +249,20 @@ def test_a_pace_is_planned_event_by_event_too() -> None:
     script = Script(tokens=4, interval_s=0.5, at_event=99)
     steps = list(plan(script, shape=ANTHROPIC))
     assert [step for step in steps if isinstance(step, Pause)] == [Pause(0.5)] * 3
+
+
+@EVERY
+def test_numbered_words_go_on_where_they_were(shape: Shape) -> None:
+    """A continued answer has the words that are left, also those from prebuilt blocks."""
+    script = Script(tokens=1030, events_per_write=8)
+    rest = replay(shape.name, body(script, shape, answer=Answer(script=script, start=1020))).snapshot
+    assert script.expected_text(1020) + rest.text == script.expected_text()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_the_array_is_json(tokens: int) -> None:
+    """A whole answer as a JSON array is one, and without its end marker it is not."""
+    script = Script(tokens=tokens)
+    assert len(json.loads(body(script, GEMINI_ARRAY))) == tokens + 1
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(body(script_of(script, done=False), GEMINI_ARRAY))
