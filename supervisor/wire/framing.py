@@ -54,16 +54,17 @@ class FramingChooser:
     judged by whether it is JSON.
     """
 
-    __slots__ = ("_dialect", "_limit", "_line_from", "_said", "comments", "head")
+    __slots__ = ("_dialect", "_kept", "_limit", "_line_from", "_said", "comments", "head")
 
     def __init__(
         self, dialect: BodyFraming, content_type: str | None = None, *, max_line_bytes: int = 1 << 20
     ) -> None:
         self.head = bytearray()
-        """What was fed, from the first line on that is not blank."""
+        """What was fed, from the first line on that is not blank, with at most one blank line before it."""
         self.comments = 0
         """Blank lines before that."""
         self._dialect = dialect
+        self._kept = 0
         self._said = framing_by_type(content_type)
         self._limit = max_line_bytes
         self._line_from = -1
@@ -85,8 +86,11 @@ class FramingChooser:
         if at - max(line, begin) > MAX_INDENT_BYTES:
             return self._said or self._dialect
         if not text:
-            self.comments += head.count(b"\n", 0, line)
-            del head[:line]
+            if line:
+                # One of them stays, so that a byte order mark after them is not at the start for the decoder either.
+                self.comments += head.count(b"\n", self._kept, line)
+                self._kept = 1
+                head[:line] = b"\n"
             return None
         first = bytes(text[:1])
         if first in {b"{", b"["}:
