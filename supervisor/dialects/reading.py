@@ -102,10 +102,12 @@ class _Decoder(Protocol):
     def end(self) -> None: ...
 
 
-_DECODERS: Final[Mapping[str, Callable[[int, int], _Decoder]]] = {
-    "sse": lambda line, event: SSEDecoder(max_line_bytes=line, max_event_bytes=event),
-    "ndjson": lambda line, event: NDJSONDecoder(max_line_bytes=line, max_event_bytes=event),
-    "json-array": lambda _line, event: JSONArrayDecoder(max_event_bytes=event),
+_DECODERS: Final[Mapping[str, Callable[[int, int, str], _Decoder]]] = {
+    "sse": lambda line, event, last_id: SSEDecoder(
+        max_line_bytes=line, max_event_bytes=event, last_event_id=last_id
+    ),
+    "ndjson": lambda line, event, _: NDJSONDecoder(max_line_bytes=line, max_event_bytes=event),
+    "json-array": lambda _line, event, _id: JSONArrayDecoder(max_event_bytes=event),
 }
 
 
@@ -115,7 +117,7 @@ class BodyReader:
     `events` and `skipped` count the events read and those that could not be; `terminal` is true once the dialect's
     end marker was seen. Past `max_unparseable` skipped events the stream is failed(`protocol`). `content_type` helps to
     tell how the body is framed, and what came in place of a stream. `reader` reads on where it stopped in an earlier body
-    of the same answer.
+    of the same answer, `last_event_id` is that of an event stream that this one takes the place of.
 
     Raises ConfigurationError for a dialect whose framing is not that of a body.
     """
@@ -127,6 +129,7 @@ class BodyReader:
         "_dialect",
         "_ended",
         "_event_id",
+        "_event_id_before",
         "_framing",
         "_head",
         "_limits",
@@ -153,13 +156,16 @@ class BodyReader:
         max_line_bytes: int = 1 << 20,
         max_event_bytes: int = 4 << 20,
         reader: Reader | None = None,
+        last_event_id: str = "",
     ) -> None:
         if dialect.framing not in _DECODERS:
             expected = f"a dialect whose framing is one of {', '.join(sorted(_DECODERS))}"
             raise ConfigurationError("dialect", f"{dialect.name} ({dialect.framing})", expected)
         if max_unparseable < 0:
             raise ConfigurationError("max_unparseable", max_unparseable, "a number of events, 0 or more")
-        _DECODERS["sse"](max_line_bytes, max_event_bytes)  # judges the limits, before the first byte has come
+        _DECODERS["sse"](
+            max_line_bytes, max_event_bytes, ""
+        )  # judges the limits, before the first byte has come
         self.events = 0
         self.skipped = 0
         self.terminal = False
@@ -179,6 +185,7 @@ class BodyReader:
         self._marked = False
         self._ended = False
         self._event_id: str | None = None
+        self._event_id_before = last_event_id
         self._seen_comments = 0
         self._seen_stray = 0
         self._stray_fault: Fault | None = None
@@ -195,7 +202,7 @@ class BodyReader:
         """The event stream's last event id, no later than the last event that the sink took; "" if there is none."""
         if self._event_id is not None:
             return self._event_id
-        return self._decoder.last_event_id if isinstance(self._decoder, SSEDecoder) else ""
+        return self._decoder.last_event_id if isinstance(self._decoder, SSEDecoder) else self._event_id_before
 
     @property
     def retry_ms(self) -> int | None:
@@ -273,7 +280,7 @@ class BodyReader:
     def _begin(self, framing: BodyFraming) -> tuple[_Decoder, bytes]:
         """Go by this framing from now on. Return what was kept until it was clear, for the decoder to be fed."""
         self._framing = framing
-        decoder = self._decoder = _DECODERS[framing](*self._limits)
+        decoder = self._decoder = _DECODERS[framing](*self._limits, self._event_id_before)
         self._seen_comments = 0
         body = bytes(self._chooser.head)
         self._chooser.head.clear()
@@ -334,12 +341,16 @@ class BodyReader:
     def _foreign(self) -> bytes:
         """Return the beginning of a body that never was a stream of this dialect; b"" of one that may have been."""
         head = bytes(self._head or b"").strip().removeprefix(b"\xef\xbb\xbf").strip()
+        expected = self._dialect.framing
+        decoder = self._decoder
         if self._framing == "sse":
             mute = not head.startswith(_FIELDS) and not self.events and not self.skipped
-        elif self._framing == self._dialect.framing:
+        elif self._framing == expected:
             mute = self.skipped > 0 and not self.events
         else:
-            mute = not _in_array(self._decoder)
+            # A value that was cut off may have been the answer's first, if the dialect's are JSON values.
+            cut_off = isinstance(decoder, JSONArrayDecoder) and decoder.open
+            mute = not (cut_off and (expected != "sse" or _in_array(decoder)))
         return head if mute else b""
 
     # --- events ---
