@@ -307,7 +307,7 @@ class _MessageReader:
             self._spoke = True
             return [Delta(block.text, block.reasoning)]
         known = self._tools.get(index)
-        if known is not None and block.id and known.id == block.id[:MAX_LABEL_CHARS] and not known.told:
+        if known is not None and block.id and known.id == block.id[:MAX_LABEL_CHARS]:
             return []  # the same start again
         tool = self._tools[index] = self._last = _Tool(self._calls, block.id)
         self._calls += 1
@@ -337,7 +337,7 @@ class _MessageReader:
         return Delta(self._unheld(), finish_reason=finish_reason, restated=restated)
 
     def _hold(self, summary: str) -> None:
-        if summary and self._held_chars <= MAX_HELD_CHARS:
+        if summary:
             self._held_chars += len(summary)
             self._held.append(summary)
             if self._held_chars > MAX_HELD_CHARS:

@@ -129,8 +129,9 @@ class _ResponseReader:
     )
 
     def __init__(self) -> None:
-        self._by_index: dict[int, _Item] = {}
-        self._by_id: dict[str, _Item] = {}
+        # An index or an id that all items share still tells kinds apart.
+        self._by_index: dict[tuple[Kind, int], _Item] = {}
+        self._by_id: dict[tuple[Kind, str], _Item] = {}
         self._last: dict[Kind, _Item] = {}
         self._items = 0
         self._parts = 0
@@ -273,16 +274,11 @@ class _ResponseReader:
 
     def _find(self, kind: Kind, where: Where) -> _Item | None:
         """Return the item that an event is about, if it is known."""
-        item = self._by_id.get(where.id) if where.id else None
-        if (
-            item is not None
-            and item.kind == kind
-            and (where.index is None or item.index in (None, where.index))
-        ):
+        item = self._by_id.get((kind, where.id)) if where.id else None
+        if item is not None and (where.index is None or item.index in (None, where.index)):
             return item
         if where.index is not None:
-            item = self._by_index.get(where.index)
-            return item if item is not None and item.kind == kind else None
+            return self._by_index.get((kind, where.index))
         item = self._last.get(kind)
         return item if item is not None and not item.done else None
 
@@ -297,9 +293,9 @@ class _ResponseReader:
         else:
             self._items += 1
             if where.index is not None:
-                self._by_index[where.index] = item
+                self._by_index[kind, where.index] = item
             if where.id:
-                self._by_id[where.id] = item
+                self._by_id[kind, where.id] = item
         return item
 
     def _tell(self, item: _Item, field: str, part: int) -> None:
@@ -495,11 +491,9 @@ class _ResponseReader:
         for index, whole in enumerate(wholes):
             if whole is None:
                 continue
-            item = self._by_id.get(whole.id) if whole.id else None
-            if item is None or item.kind != whole.kind:
-                item = self._by_index.get(index)
-            if item is not None and item.kind != whole.kind:
-                item = None
+            item = self._by_id.get((whole.kind, whole.id)) if whole.id else None
+            if item is None:
+                item = self._by_index.get((whole.kind, index))
             if item is not None or whole.kind not in streamed:
                 found.append((whole, item, index))
             # Otherwise items of its kind were streamed, and it may be any of them.

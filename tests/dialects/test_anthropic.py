@@ -156,6 +156,8 @@ def test_an_index_used_again() -> None:
     one = delta(0, "input_json_delta", partial_json="1")
     assert calls(first, first, one, second, one, close(0)) == [("a", "f", "1"), ("b", "f", "1")]
     assert calls(first, one, TEXT, one) == [("a", "f", "1")]
+    whole = block(0, "tool_use", id="a", name="f", input={"x": 1})
+    assert calls(whole, whole, close(0)) == [("a", "f", '{"x":1}')]
 
 
 def test_a_start_with_content() -> None:
@@ -174,6 +176,9 @@ def test_a_start_with_content() -> None:
         assert (result.state, result.reason, result.snapshot.text) == ("completed", "tool_use", "Hi")
         assert result.snapshot.tool_calls == (ToolCall("a", "f", "{}"),)
     assert answer(whole).reason == "truncated"
+    search = {"type": "server_tool_use", "id": "b", "name": "g", "input": {}}
+    result = answer(start(content=[search], stop_reason="end_turn"), STOP)
+    assert result.snapshot.tool_calls == (ToolCall("b", "g", "{}"),)
 
 
 def test_a_start_with_a_beginning() -> None:
@@ -288,6 +293,7 @@ def test_usage_is_a_running_total() -> None:
     last = ends(input_tokens=12, output_tokens=9, cache_read_input_tokens=0)
     assert answer(start(), middle).snapshot.usage == Usage(10, 5, 3, 4)
     assert answer(start(), middle, last, STOP).snapshot.usage == Usage(12, 9, 3, 0)
+    assert answer(start(), ends(input_tokens=12), STOP).snapshot.usage == Usage(12, 1, None, 4)
     odd = ends(input_tokens=-1, output_tokens="many", cache_read_input_tokens=None)
     assert answer(start(), odd, STOP).snapshot.usage == Usage(10, 1, None, 4)
     assert answer(start(usage=None), ends(), STOP).snapshot.usage is None

@@ -201,6 +201,7 @@ def test_custom_tools() -> None:
         {"type": "code_interpreter_call", "id": "ci_1", "code": "1+1", "outputs": None},
         {"type": "image_generation_call", "id": "ig_1", "result": "aGk="},
         {"type": "shell_call", "id": "sh_1", "call_id": "call_1", "action": {"commands": ["ls"]}},
+        {"type": "mcp_list_tools", "id": "ml_1", "server_label": "x", "tools": []},
         {"type": "hologram", "id": "h_1", "content": [{"text": "no"}]},
     ],
 )
@@ -216,7 +217,7 @@ def test_what_the_provider_runs(item: dict[str, Any]) -> None:
             f"{kind}.failed",
             output_index=0,
             item_id=item["id"],
-            error={"message": "broke"} if "call" in kind else "-",
+            error="-" if kind == "hologram" else {"message": "broke"},
         ),
         told("image_generation_call.partial_image", partial_image_b64="aGk=", output_index=0),
         done(item),
@@ -375,6 +376,28 @@ def test_one_index_for_all() -> None:
     assert [(call.name, call.arguments) for call in back.tool_calls] == [("f", "f"), ("g", "g")]
 
 
+def test_one_index_for_all_told_whole() -> None:
+    """With a constant index, an item that has no deltas is not taken for the one before it."""
+    more = message(" two", item_id="msg_2")
+    assert whole(added(message()), text("one"), added(more), done(more), ends()).text == "one two"
+
+
+def test_one_place_for_all() -> None:
+    """Without ids and with a constant index, kinds, ids of calls and parts tell deltas apart."""
+    calls = [function(name, name, f"c{name}", None) for name in "fg"]
+    events = [text("a", 0, None), text("b", 0, None, 1), arguments("1", 0, None), text("c", 0, None, 2)]
+    ended = [
+        told("output_text.done", text=piece, output_index=0, content_index=at)
+        for at, piece in enumerate("abc")
+    ]
+    back = whole(*events, *ended, ends())
+    assert (back.text, [call.arguments for call in back.tool_calls]) == ("abc", ["1"])
+    mixed = [text("a", 0, None, None), arguments("1", 0, None), arguments("2", 5, None), ends()]
+    assert [call.arguments for call in whole(*mixed).tool_calls] == ["1", "2"]
+    each = [[added({**call, "arguments": ""}), arguments(call["name"], 0, None)] for call in calls]
+    assert called(*each[0], *each[1], ends()) == [("cf", "f", "f"), ("cg", "g", "g")]
+
+
 def test_one_id_for_all() -> None:
     """With a constant id, indexes tell items apart."""
     calls = [function(name, name, f"c{name}", "x") for name in "fg"]
@@ -390,6 +413,28 @@ def test_a_last_event_that_lists_other_items() -> None:
     """Where the whole response has other ids and places than its items had, nothing is told a second time."""
     for output in ([message("Hi", item_id="z")], [reasoning(), message("Hi", item_id="z")]):
         assert whole(added(message(), 4), text("Hi", 4), ends(*output)).text == "Hi"
+
+
+def test_a_last_event_that_leaves_items_out() -> None:
+    """An item on the place of one of another kind is itself."""
+    thinking = told(
+        "reasoning_summary_text.delta", delta="Hm", output_index=0, item_id="rs_1", summary_index=0
+    )
+    back = whole(thinking, ends(message("Hi")))
+    assert (back.text, back.reasoning) == ("Hi", "Hm")
+
+
+def test_reasoning_that_is_repeated_in_another_form() -> None:
+    """Reasoning that came in deltas is not taken again, whatever the parts of its repetition."""
+    thinking = told("reasoning_summary_text.delta", delta="Hm", output_index=0, item_id="rs_1")
+    for item in (reasoning(content=[{"type": "reasoning_text", "text": "Hm"}]), reasoning("", "Hm")):
+        assert whole(thinking, done(item), ends(item)).reasoning == "Hm"
+
+
+@pytest.mark.parametrize(("index", "item_id"), [(0, "z"), (4, "msg_1")])
+def test_an_item_that_only_the_last_event_tells(index: int, item_id: str) -> None:
+    """An item that was added and never told is found in the whole response by its id, or by its place."""
+    assert whole(added(message(), index), ends(message("Hi", item_id=item_id))).text == "Hi"
 
 
 # --- numbers ---
@@ -443,6 +488,7 @@ def test_going_on_after_a_cut(cut: int, back: int) -> None:
         [0, 1, 2, 3, 3, 3, 3, 4, 4, 4, 4],
         [None, 0, None, 1, 1, 1, None, 2, 2, 2, 3],
         [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3],
+        [0, 1, 2, 3, 3, 3, 1, 2, 1, 2, 2],
         ["x"] * 11,
         [1.5, {}, [], True, False, True, False, None, 1 << 70, 1 << 70, 0],
     ],
@@ -564,7 +610,9 @@ def test_a_failure_without_a_message() -> None:
     assert result.snapshot.usage == Usage(20, 9, 5, 8)
     assert result.fault is not None
     assert result.fault.message
-    assert answer(event("it broke", "error")).fault is not None
+    broken = answer(event("it broke", "error")).fault
+    assert broken is not None
+    assert broken.message == "it broke"
 
 
 # --- what is asked ---
@@ -735,7 +783,10 @@ def test_more_than_is_remembered(many: str) -> None:
         assert reader.read(data_of(text("x", *place)))[0].text == "x"
     assert len(reader._by_index) <= MAX_ITEMS  # type: ignore[attr-defined] # what is bounded
     assert len(reader._by_id) <= MAX_ITEMS  # type: ignore[attr-defined] # what is bounded
-    assert reader._parts <= count  # type: ignore[attr-defined] # what is bounded
+    kept = {id(item): item for item in [*reader._by_index.values(), *reader._by_id.values()]}  # type: ignore[attr-defined] # as above
+    assert sum(len(item.told) for item in kept.values()) <= MAX_PARTS
+    if many == "parts":
+        assert reader.read(data_of(done(message(*["x"] * count, item_id="m")))) == ()
     items = [message("x", item_id=f"m{at}") for at in range(MAX_ITEMS + 5)]
     if many != "ids":
         assert "".join(delta.text for delta in reader.read(data_of(ends(*items)))) == ""
