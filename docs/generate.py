@@ -34,7 +34,15 @@ from supervisor.stores import MemoryStore
 from supervisor.stores.sqlite import SQLiteStore
 from supervisor.streams import spec
 from supervisor.testing.upstream import SimulatedUpstream
-from supervisor.upstream import RetryPolicy, StreamTransport, attempt, source, transport
+from supervisor.upstream import (
+    CircuitPolicy,
+    Circuits,
+    RetryPolicy,
+    StreamTransport,
+    attempt,
+    source,
+    transport,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -60,6 +68,7 @@ CLASSES: Sequence[tuple[type, str, str]] = (
     (streams.Limits, "[limits]", "A supervisor and each of its streams"),
     (streams.MemoryPolicy, "[memory]", "What the memory manager reaps; `none` turns a rule off"),
     (RetryPolicy, "[retry]", "Attempts before the first event"),
+    (CircuitPolicy, "[circuit]", "When an upstream that fails is left alone"),
     (ControlLimits, "[control.limits]", "The control channel"),
     (LinkLimits, "[control.limits.link]", "One connection of the control channel, at either end"),
     (SessionLimits, "[control.limits.session]", "One client of the control channel"),
@@ -104,6 +113,12 @@ CALLABLES: Sequence[tuple[Any, str, str, dict[str, str]]] = (
             "drain_s": "How long the end of a body may be waited for, to reuse the connection.",
             "read_bytes": "What one read of a socket returns at most.",
         },
+    ),
+    (
+        Circuits,
+        "Circuits(…)",
+        "The circuits of upstreams",
+        {"max_circuits": "Upstreams; the one that was not asked for longest goes."},
     ),
     (
         BodyReader,
@@ -324,6 +339,7 @@ TOLD_TABLES = {
     "memory": "what the memory manager reaps, oldest stream first",
     "deadlines": "the clocks of a stream; one that runs out ends it as `expired`",
     "retry": "attempts, and what may be done once an answer has begun",
+    "circuit": "when an upstream that fails is left alone: further attempts, never a stream's first, are refused meanwhile",
     "control.limits.link": "one connection",
     "control.limits.session": "one client",
 }

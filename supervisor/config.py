@@ -35,6 +35,7 @@ from supervisor.stores.base import Store
 from supervisor.stores.sqlite import SQLiteStore, Synchronous
 from supervisor.streams import Deadlines, Limits, MemoryPolicy
 from supervisor.upstream.catalog import Credential, Upstream, discover
+from supervisor.upstream.circuit import CircuitPolicy
 from supervisor.upstream.retry import RetryPolicy
 
 __all__ = [
@@ -250,6 +251,7 @@ class Config:
     memory: MemoryPolicy = attrs.field(factory=MemoryPolicy)
     deadlines: Deadlines = attrs.field(factory=Deadlines)
     retry: RetryPolicy = attrs.field(factory=RetryPolicy)
+    circuit: CircuitPolicy = attrs.field(factory=CircuitPolicy)
     discover: bool = True
     """Whether upstreams are also found by `OPENAI_API_KEY` and the like; those of the file win over them."""
     upstreams: tuple[Upstream, ...] = ()

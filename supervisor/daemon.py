@@ -34,6 +34,7 @@ from supervisor.logs import ReopeningHandler
 from supervisor.stores.base import Store
 from supervisor.streams import Supervisor, open_supervisor
 from supervisor.upstream.catalog import Upstream
+from supervisor.upstream.circuit import Circuits
 from supervisor.upstream.tls import shared_context
 from supervisor.upstream.transport import StreamTransport
 from supervisor.version import version
@@ -199,6 +200,7 @@ class _Daemon:
             # now: reading the CAs would hold up the first streams for tens of milliseconds
             context = shared_context()
         self._transport = StreamTransport(ssl_context=context)
+        self._circuits = Circuits(config.circuit)
         self.ending = _Ending(config.shutdown.grace_s)
 
     async def run(self) -> None:
@@ -209,7 +211,11 @@ class _Daemon:
             self._provider(),
             contextlib.aclosing(self._transport),
             open_supervisor(
-                store=self._store, limits=config.limits, deadlines=config.deadlines, memory=config.memory
+                store=self._store,
+                limits=config.limits,
+                deadlines=config.deadlines,
+                memory=config.memory,
+                circuits=self._circuits.report,
             ) as supervisor,
             trio.open_nursery() as nursery,
         ):
@@ -300,6 +306,7 @@ class _Daemon:
         source = upstream.source(
             params.request,
             transport=self._transport,
+            circuits=self._circuits.of,
             retry=attrs.evolve(upstream.retry, **retry),
         )
         model = params.request.get("model")

@@ -16,7 +16,8 @@ from supervisor.config import Config, ControlConfig, StoreConfig
 from supervisor.control import ControlClient, connect
 from supervisor.daemon import Ready, run
 from supervisor.errors import ConfigurationError, ControlClosedError, RequestError
-from supervisor.testing.upstream import Script
+from supervisor.testing.upstream import Script, SimulatedUpstream
+from supervisor.upstream import CircuitPolicy, RetryPolicy, Upstream
 from tests.e2e.processes import (
     CREDENTIAL,
     STOP_S,
@@ -309,6 +310,52 @@ async def test_in_process() -> None:
                 Config(store=StoreConfig(path=":memory:"), control=ControlConfig(host="0.0.0.0", port=0)),
                 environ={},
             )
+
+
+async def test_the_circuit_of_a_failing_upstream() -> None:
+    """Streams share it: once it is open their retries are refused, first attempts go on, and `health` shows it."""
+    started: list[Ready] = []
+    is_ready = trio.Event()
+
+    def ready(state: Ready) -> None:
+        started.append(state)
+        is_ready.set()
+
+    with trio.fail_after(WAIT_S):
+        async with SimulatedUpstream() as provider, trio.open_nursery() as nursery:
+            config = Config(
+                store=StoreConfig(path=":memory:"),
+                control=ControlConfig(port=0),
+                discover=False,
+                circuit=CircuitPolicy(max_failures=2.5, backoff_s=3600, decay_s=3600),
+                upstreams=(
+                    Upstream(
+                        name="sim",
+                        base_url=provider.base_url,
+                        proxy="direct",
+                        retry=RetryPolicy(attempts=5, wait_initial_s=0, wait_max_s=0, jitter_s=0),
+                    ),
+                ),
+            )
+            nursery.start_soon(lambda: run(config, environ={}, ready=ready))
+            await is_ready.wait()
+            async with connect(started[0].url) as client:
+                assert (await client.health())["circuits"] == {}
+                attempts = []
+                for model in ("sim/503?times=99", "sim/503?times=99", "sim/ok"):
+                    outcome = await client.wait((await client.start("sim", {"model": model})).id)
+                    assert outcome is not None
+                    attempts.append((str(outcome.state), outcome.attempts))
+                health = await client.health()
+            nursery.cancel_scope.cancel()
+    assert attempts == [("failed", 3), ("failed", 1), ("completed", 1)]
+    circuit = health["circuits"]["sim"]
+    assert (health["status"], circuit["state"], circuit["opened"]) == ("ok", "open", 1)
+    assert (circuit["failures"], circuit["successes"]) == (
+        pytest.approx(4, abs=0.1),
+        pytest.approx(1, abs=0.1),
+    )
+    assert circuit["refused"] == 2
 
 
 def test_nothing_secret_is_left(tmp_path: Path, upstream: str) -> None:

@@ -91,7 +91,10 @@ def render() -> str:
             )
         elif method.name == "supervisor.health":
             parts.append(
-                "Result: an object with `status` (`ok`, `degraded`, `draining`), `problems` and figures (`Health`).\n"
+                "Result: an object with `status` (`ok`, `degraded`, `draining`), `problems` and figures (`Health`), among them `circuits`: "
+                "for each upstream that was asked, the `state` of its circuit (`closed`, `open`, `half_open`), its `failures` and "
+                "`successes` (weighted by age), how often it `opened`, how many further attempts it `refused`, and `trial_in_s`. "
+                "`status` does not go by them.\n"
             )
         elif method.result is not None and issubclass(method.result, msgspec.Struct):
             parts.append(_type("Result", method.result, used))

@@ -18,7 +18,7 @@ from supervisor.dialects import Dialect
 from supervisor.errors import StoreError
 from supervisor.stores.base import Store
 from supervisor.stores.memory import MemoryStore
-from supervisor.streams.spec import Deadlines, IdFactory, Limits, MemoryPolicy
+from supervisor.streams.spec import CircuitReport, Deadlines, IdFactory, Limits, MemoryPolicy
 from supervisor.streams.supervisor import Supervisor
 
 __all__ = ["open_supervisor"]
@@ -34,12 +34,14 @@ async def open_supervisor(
     deadlines: Deadlines | None = None,
     memory: MemoryPolicy | None = None,
     dialects: Sequence[Dialect] = (),
+    circuits: CircuitReport | None = None,
     new_id: IdFactory | None = None,
 ) -> AsyncIterator[Supervisor]:
     """Open a supervisor for the length of an `async with` block.
 
     `store` defaults to one in memory; with a durable one, streams that a crash interrupted are first given the outcome
-    `failed(interrupted)`. `dialects` adds to those built in.
+    `failed(interrupted)`. `dialects` adds to those built in. `circuits` is asked, by `Supervisor.health`, for the state of the
+    upstreams' circuits: give it `supervisor.upstream.Circuits.report`.
 
     Leaving the block waits for the live streams, as a nursery does (`shutdown` ends them instead). An exception in the block
     ends them as `cancelled(shutdown)` and then comes out as it was raised. If the block is cancelled from outside, its
@@ -62,6 +64,7 @@ async def open_supervisor(
                     deadlines=Deadlines() if deadlines is None else deadlines,
                     memory=MemoryPolicy() if memory is None else memory,
                     dialects=dialects,
+                    circuits=circuits,
                     new_id=new_id,
                 )
                 await supervisor.recover()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from supervisor.streams.output import Output
 
 __all__ = [
+    "CircuitReport",
     "Deadlines",
     "Delivery",
     "IdFactory",
@@ -41,6 +42,8 @@ WhenFull = Literal["reject", "reap_oldest"]
 StopMode = Literal["abort", "drain"]
 """How a cancel ends a stream: at once, or by letting the answer end by itself within a budget."""
 IdFactory = Callable[[], str]
+CircuitReport = Callable[[float], Mapping[str, Mapping[str, Any]]]
+"""Given the time on trio's clock, tells the state of each upstream's circuit, by its name, in JSON values."""
 
 MAX_KEY_CHARS = 256
 MAX_LABELS = 32

@@ -43,6 +43,7 @@ from supervisor.streams.lifecycle import Outcome, State
 from supervisor.streams.memory import SLICE, MemoryManager, MemoryStatistics, ReapReport
 from supervisor.streams.spec import (
     MAX_META_BYTES,
+    CircuitReport,
     Deadlines,
     Delivery,
     IdFactory,
@@ -109,6 +110,9 @@ class Health:
     problems: tuple[str, ...]
     live: int
     max_live: int
+    circuits: Mapping[str, Mapping[str, Any]]
+    """By upstream, what its circuit says (`supervisor.upstream.CircuitStatistics`). An open one is the upstream's trouble: `status`
+    does not go by it."""
 
 
 @attrs.frozen
@@ -130,12 +134,14 @@ class Supervisor:
         deadlines: Deadlines,
         memory: MemoryPolicy,
         dialects: Iterable[Dialect],
+        circuits: CircuitReport | None = None,
         new_id: IdFactory | None,
     ) -> None:
         self._nursery = nursery
         self.store = store
         self.limits = limits
         self.deadlines = deadlines
+        self._circuits = circuits
         self._new_id = new_id  # None: `recover` makes one that goes on from the store's
         self._dialects: dict[str, Dialect] = {**BUILTIN, **{dialect.name: dialect for dialect in dialects}}
         self._live: dict[str, Stream] = {}
@@ -554,6 +560,7 @@ class Supervisor:
             problems=tuple(problems),
             live=len(self._live),
             max_live=self.limits.max_live,
+            circuits={} if self._circuits is None else self._circuits(trio.current_time()),
         )
 
     def dialect(self, name: str) -> Dialect:
