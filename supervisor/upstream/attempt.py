@@ -61,12 +61,13 @@ class Transport(Protocol):
 class Attempt:
     """One attempt, and the sink of its reader. `run` makes it; what it has learned is there afterwards.
 
-    policy: which statuses are worth another attempt. ends: the HTTP statuses that say there is nothing more. reader: reads
-    on where an earlier attempt of the same response stopped.
+    policy: which statuses are worth another attempt. ends: the HTTP statuses that say there is nothing more. reader and last_event_id: to
+    read on where an earlier attempt of the same response stopped.
     """
 
     __slots__ = (
         "_ends",
+        "_last_event_id",
         "_policy",
         "_transport",
         "_upstream",
@@ -91,6 +92,7 @@ class Attempt:
         policy: RetryPolicy,
         ends: frozenset[int] = frozenset(),
         reader: Reader | None = None,
+        last_event_id: str = "",
         on_begun: Callable[[], None] | None = None,
     ) -> None:
         self.out = out
@@ -100,6 +102,7 @@ class Attempt:
         self._ends = ends
         self._veil = veil_for("", out.max_event_bytes)
         self.reader = upstream.dialect.reader() if reader is None else reader
+        self._last_event_id = last_event_id
         self.on_begun = on_begun
         """Called when the first event has come."""
         self.failed: tuple[str, Fault] | None = None
@@ -173,6 +176,7 @@ class Attempt:
             max_line_bytes=out.max_event_bytes,  # an event is most often one line
             max_event_bytes=out.max_event_bytes,
             reader=self.reader,
+            last_event_id=self._last_event_id,
         )
         broken: RemoteProtocolError | None = None
         while not self.sealed:

@@ -367,7 +367,9 @@ class Upstream:
     def placed(self, call: Call) -> Call:
         """Return a later call about an answer, below this upstream's own path if that is not the dialect's."""
         usual = self.dialect.asking.path
-        if self.path is None or not usual or not call.path.startswith(usual):
+        if self.path is None or not usual or call.path.startswith(self.path):
+            return call
+        if not call.path.startswith(usual):
             return call
         return attrs.evolve(call, path=self.path + call.path[len(usual) :])
 

@@ -297,7 +297,12 @@ class Ladder:
         asking = self._upstream.dialect.asking
         if asking.resume is None:
             return f"{self._upstream.dialect.name} has no way to ask for the rest of an answer"
-        progress = Progress(snapshot=at.answer, last_payload=at.last_payload, last_event_id=at.last_event_id)
+        progress = Progress(
+            snapshot=at.answer,
+            last_payload=at.last_payload,
+            last_event_id=at.last_event_id,
+            path=self._upstream.path or asking.path or "",
+        )
         call = asking.resume(self._upstream.asked(self._request), progress)
         if call is None:
             return "the provider does not keep this answer"

@@ -105,7 +105,16 @@ class HttpSource:
 class _Climb:
     """The attempts of one stream."""
 
-    __slots__ = ("_attempt", "_ladder", "_last_event_id", "_last_payload", "_out", "_source", "_step")
+    __slots__ = (
+        "_attempt",
+        "_ladder",
+        "_last_event_id",
+        "_last_payload",
+        "_out",
+        "_retry_ms",
+        "_source",
+        "_step",
+    )
 
     def __init__(self, source: HttpSource, out: Output) -> None:
         self._source = source
@@ -115,6 +124,7 @@ class _Climb:
         self._step: Step | None = None
         self._last_payload = b""
         self._last_event_id = ""
+        self._retry_ms: int | None = None
 
     async def run(self) -> None:
         out, ladder = self._out, self._ladder
@@ -154,6 +164,7 @@ class _Climb:
             policy=source._retry,  # noqa: SLF001
             ends=step.upstream.dialect.asking.resume_ends if step.rung == "sequence" else frozenset(),
             reader=self._attempt.reader if goes_on and self._attempt is not None else None,
+            last_event_id=self._last_event_id if goes_on else "",
             on_begun=None if circuit is None else lambda: circuit.succeeded(trio.current_time()),
         )
         failure: Failure | None = None
@@ -167,12 +178,12 @@ class _Climb:
                     circuit.abandoned(trio.current_time())
         self._last_payload = attempt.last_payload or self._last_payload
         if attempt.body is not None:
-            self._last_event_id = attempt.body.last_event_id or self._last_event_id
+            self._last_event_id = attempt.body.last_event_id
+            self._retry_ms = attempt.body.retry_ms if attempt.body.retry_ms is not None else self._retry_ms
         return failure
 
     def _standing(self) -> Standing:
-        out, attempt = self._out, self._attempt
-        retry_ms = None if attempt is None or attempt.body is None else attempt.body.retry_ms
+        out, retry_ms = self._out, self._retry_ms
         return Standing(
             begun=out.begun,
             answer=out.answer,

@@ -68,11 +68,12 @@ class SSEDecoder:
     """The longest line, without its line end."""
     max_event_bytes: int = 4 << 20
     """The longest data of one event, its lines joined."""
+    last_event_id: str = ""
+    """The last event id, as of the last block that ended with an empty line. Given: that of the connection before this one,
+    which it takes the place of (WHATWG HTML, 9.2.3)."""
 
     comments: int = attrs.field(default=0, init=False)
     """Comment lines seen: providers send them to show that they are alive."""
-    last_event_id: str = attrs.field(default="", init=False)
-    """The last event id, as of the last block that ended with an empty line."""
     retry: int | None = attrs.field(default=None, init=False)
     """The reconnection time in milliseconds; at most 2**63 - 1, to which a larger one is lowered."""
     stray: bytes = attrs.field(default=b"", init=False)
@@ -110,6 +111,7 @@ class SSEDecoder:
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise ConfigurationError(field, value, "a positive number of bytes")
+        self._id = self.last_event_id
         self._fast_bytes = min(self.max_line_bytes, self.max_event_bytes)
 
     def __repr__(self) -> str:
