@@ -1,7 +1,8 @@
-"""Public helpers for testing: simulated upstreams with faults, and the schedule explorer."""
+"""Public helpers for testing: simulated upstreams with faults, conformance of dialects, and the schedule explorer."""
 
 from __future__ import annotations
 
+from supervisor.testing.conformance import ConformanceError, check_dialect
 from supervisor.testing.schedule import (
     Bounds,
     DeadlockError,
@@ -20,6 +21,7 @@ from supervisor.testing.upstream import Script, SimulatedUpstream
 
 __all__ = [
     "Bounds",
+    "ConformanceError",
     "DeadlockError",
     "Exploration",
     "LivelockError",
@@ -30,6 +32,7 @@ __all__ = [
     "SimulatedUpstream",
     "Step",
     "TrioChangedError",
+    "check_dialect",
     "explore",
     "run",
     "run_drawn",
