@@ -38,6 +38,7 @@ from supervisor.errors import (
     UnknownStreamError,
 )
 from supervisor.stores.base import Event, Store, StoredStream, StoreStatistics
+from supervisor.streams.attempts import decode_attempt
 from supervisor.streams.clocks import Watchdog
 from supervisor.streams.lifecycle import Outcome, State
 from supervisor.streams.memory import SLICE, MemoryManager, MemoryStatistics, ReapReport
@@ -726,13 +727,18 @@ async def _interrupted(stored: StoredStream, store: Store) -> Outcome:
     """
     last, epoch = stored.last_seq, stored.epoch
     counts: Counter[str] = Counter()
+    starts, rungs = {1: 1}, []
     seq = stored.first_seq - 1
     try:
         while seq < last and (page := await store.read(stored.id, after_seq=seq, limit=_PAGE)):
-            counts.update(event.kind for event in page)
+            for event in page:
+                counts[event.kind] += 1
+                starts.setdefault(event.epoch, event.seq)
+                if event.kind == "attempt" and (rung := decode_attempt(event.payload).rung) is not None:
+                    rungs.append(rung)
             seq = page[-1].seq
-    except StoreCorruptError as error:
-        _log.error("%s", error)  # the error says it all; what could be read is counted
+    except (StoreCorruptError, msgspec.MsgspecError) as error:
+        _log.error("stream %s: %s", stored.id, error)  # the error says it all; what could be read is counted
     return Outcome(
         id=stored.id,
         key=stored.key,
@@ -744,7 +750,8 @@ async def _interrupted(stored: StoredStream, store: Store) -> Outcome:
         skipped=counts["skipped"],
         epoch=epoch + 1,  # even: see Journal.new_epoch
         last_seq=last + 1,
-        epoch_starts=((1, 1), (epoch + 1, last + 1)),
+        rungs=tuple(rungs),
+        epoch_starts=(*sorted(starts.items()), (epoch + 1, last + 1)),
         started_at=stored.created_at,
         ended_at=time.time(),
     )

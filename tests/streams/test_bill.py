@@ -9,8 +9,12 @@ from hypothesis import strategies as st
 
 from supervisor import (
     ConfigurationError,
+    Cursor,
     Delta,
+    Event,
     Fault,
+    GapError,
+    MemoryStore,
     OnDetach,
     Outcome,
     State,
@@ -20,6 +24,7 @@ from supervisor import (
 )
 from supervisor.dialects import NATIVE, Asking, Dialect, Fold
 from supervisor.dialects.estimate import estimate_tokens, estimate_usage, output_bytes
+from supervisor.stores.base import StoredStream
 from supervisor.streams.bill import TokenBudget, billed
 
 BILLED = Dialect(name="billed", framing="none", reader=NATIVE.reader, stop="drain")
@@ -604,6 +609,34 @@ def test_an_outcome_of_an_earlier_version_reads():
     for name in ("events_unread", "rungs", "joined_at"):
         del record[name]
     assert Outcome.from_json(json.dumps(record).encode()) == old
+
+
+async def test_after_a_crash_the_rungs_and_the_withdrawn_epochs_are_known():
+    """Recovery reads them from the journal: a cursor of the withdrawn answer is told of the gap, as before the crash."""
+    store = MemoryStore()
+    head = b'{"dialect":"native"}'
+    store.create(StoredStream(id="0" * 26, key="cut", created_at=100.0, head=head))
+    store.append(
+        "0" * 26,
+        [
+            Event(1, 1, 100.0, "attempt", b'{"attempt":1}'),
+            Event(1, 2, 100.0, "data", b'{"text":"old"}'),
+            Event(1, 3, 100.0, "data", b'{"text":"er"}'),
+            Event(1, 4, 100.0, "attempt", b'{"attempt":2,"rung":"restart"}'),
+            Event(3, 5, 100.0, "withdrawn", b'{"attempt":2,"first":1,"last":4}'),
+            Event(3, 6, 100.0, "data", b'{"text":"new"}'),
+        ],
+    )
+    async with open_supervisor(store=store) as sup:
+        stream = await sup.find("0" * 26)
+        outcome = await stream.wait()
+        assert (outcome.rungs, outcome.attempts, outcome.last_seq) == (("restart",), 2, 7)
+        assert outcome.epoch_starts == ((1, 1), (3, 5), (4, 7))
+        assert (await stream.read_snapshot()).text == "new"
+        with pytest.raises(GapError):
+            stream.subscribe(Cursor(1, 6))
+        with stream.subscribe(Cursor(3, 6)) as events:
+            assert [event.kind async for event in events] == ["outcome"]
 
 
 async def test_cancelled_is_counted_as_nothing_else(autojump_clock):
