@@ -63,7 +63,17 @@ from supervisor import (
     open_supervisor,
 )
 from supervisor.dialects import Dialect, UnparseableError
-from supervisor.upstream import Credential, HttpSource, RetryPolicy, StreamTransport, Upstream, discover
+from supervisor.upstream import (
+    Circuit,
+    CircuitPolicy,
+    Circuits,
+    Credential,
+    HttpSource,
+    RetryPolicy,
+    StreamTransport,
+    Upstream,
+    discover,
+)
 
 # --- sources ---------------------------------------------------------------------------------------------------------
 
@@ -195,12 +205,15 @@ async def finding(sup: Supervisor) -> None:
 
 
 async def ending(sup: Supervisor, stream: Stream) -> None:
-    results = await sup.cancel("id", reason="enough", actor="me", mode="drain", drain_s=1, wait_s=2)
+    results = await sup.cancel(
+        "id", reason="enough", actor="me", mode="drain", drain_s=1, drain_tokens=9, wait_s=2
+    )
     assert_type(results, list[CancelResult])
     await sup.cancel(key="k")
     await sup.cancel(labels={"user": "ada"})
     await sup.cancel(all_streams=True)
     result = await stream.cancel(reason="enough", actor="me", mode="abort")
+    await stream.cancel(mode=None, drain_tokens=None)
     assert_type(result, CancelResult)
     assert_type(result.outcome, Literal["won", "already_terminal", "requested", "tombstoned"])
     assert_type(result.state, State | None)
@@ -220,6 +233,7 @@ def telling(sup: Supervisor) -> None:
     health = sup.health()
     assert_type(health.status, Literal["ok", "degraded", "draining"])
     assert_type(health.problems, tuple[str, ...])
+    assert_type(health.circuits, Mapping[str, Mapping[str, Any]])
 
 
 # --- a stream --------------------------------------------------------------------------------------------------------
@@ -313,6 +327,11 @@ async def http(sup: Supervisor) -> None:
     source = upstream.source({"model": "m", "messages": []}, transport=transport)
     assert_type(source, HttpSource)
     await sup.start(source, key="k")
+    circuits = Circuits(CircuitPolicy(max_failures=3, decay_s=60, backoff_s=5.0))
+    upstream.source({}, transport=transport, circuits=circuits.of)
+    assert_type(circuits.of("mine"), Circuit)
+    async with open_supervisor(circuits=circuits.report):
+        pass
     await sup.start(HttpSource(upstream, b"{}", transport=transport, retry=RetryPolicy(attempts=1)))
     exchange = await transport.open(httpx.Request("POST", upstream.url))
     assert_type(exchange, supervisor.upstream.Exchange)
@@ -371,7 +390,7 @@ async def controlling() -> None:
         listed = await client.list(states=["failed"], labels={"user": "ada"}, limit=10)
         assert_type(listed, supervisor.control.ListResult)
         assert_type(await client.reap(dry_run=True), supervisor.control.ReapResult)
-        many = await client.cancel_many(labels={"user": "ada"}, mode="drain")
+        many = await client.cancel_many(labels={"user": "ada"}, mode="drain", drain_tokens=100)
         assert_type(many, tuple[supervisor.control.CancelResultMessage, ...])
         assert_type(await client.snapshot(started.id), supervisor.control.SnapshotMessage)
         assert_type(await client.stats(), dict[str, Any])
