@@ -7,8 +7,10 @@ the framings begin so differently that a few bytes tell:
 |---|---|
 | `{` | lines, if lines are expected (by the content type or the dialect) and the first line is whole JSON; else JSON values |
 | `[` | lines, if the content type says so and the first line is whole JSON; else a JSON array |
-| another that can begin a JSON value | the one that is expected |
-| any other | an event stream: no JSON value begins like its fields or comments, and its decoder survives everything |
+| `"` | the one that is expected |
+| any other | an event stream: no JSON begins like its fields or comments, and its decoder survives whatever else it is |
+
+Streams of bare numbers or of `true` are not expected of anybody: `404 page not found` begins like one.
 
 The decision depends on the bytes only, not on how they were cut into reads.
 """
@@ -99,7 +101,7 @@ class FramingChooser:
                 return "json-array"
             self._line_from = at
             return self._judge_line(at)
-        if first in b'"-0123456789tfn':
+        if first == b'"':
             return self._said or self._dialect
         return "sse"
 
