@@ -225,8 +225,11 @@ async def test_a_drain_has_the_budgets_that_it_is_given() -> None:
             told = (await peer.call("stream.cancel", id=stream, wait_s=60, **budget))["result"]
             assert (told["outcome"], told["reason"]) == ("won", "requested")
         stream = (await peer.call("stream.start", upstream="talking", request={}))["result"]["id"]
-        draining = (await peer.call("stream.cancel", id=stream, mode=None, drain_s=3600, wait_s=0))["result"]
-        assert (draining["outcome"], draining["state"]) == ("requested", "stopping")
+        for unsaid in ({}, {"mode": None}):
+            draining = (await peer.call("stream.cancel", id=stream, drain_s=3600, wait_s=0, **unsaid))[
+                "result"
+            ]
+            assert (draining["outcome"], draining["state"]) == ("requested", "stopping")
         for tokens in (-1, 1.5, "3"):
             error = (await peer.call("stream.cancel", id=stream, drain_tokens=tokens))["error"]
             assert "drain_tokens" in error["message"]
