@@ -7,8 +7,7 @@ four times, and this module's care is to take it once:
 
 - what came in deltas is taken from them, and its repetitions mean nothing;
 - what came without deltas (some servers send only `.done` events, some only the last one) is taken from the first
-  repetition that has it. But an item whose parts were announced by `content_part` events has its text in text events
-  (`output_text.delta` or `.done`) or nowhere;
+  repetition that has it;
 - items are told apart by `output_index`, else by id (some gateways make a new id for each event), else by being the last
   of their kind that is not done.
 
@@ -76,7 +75,7 @@ MAX_LAST_BYTES = 4096
 class _Item:
     """What was told of one item of the output."""
 
-    __slots__ = ("call_id", "done", "id", "index", "kind", "name", "ordinal", "parted", "told")
+    __slots__ = ("call_id", "done", "id", "index", "kind", "name", "ordinal", "told")
 
     def __init__(self, kind: Kind, where: Where, ordinal: int) -> None:
         self.kind = kind
@@ -88,8 +87,6 @@ class _Item:
         self.name = ""
         self.told: set[tuple[str, int]] = set()
         """Its parts that were told, each by field and index."""
-        self.parted = False
-        """Its parts are announced."""
         self.done = False
 
 
@@ -326,7 +323,7 @@ class _ResponseReader:
         """Tell what an item, told whole, has that was not told before."""
         if item.kind == "call":
             return self._restate_call(item, whole)
-        if self._full or item.parted:
+        if self._full:
             return []
         deltas = []
         if item.kind == "reasoning" and item.told:
@@ -392,13 +389,6 @@ class _ResponseReader:
             item = self._open(whole.kind, where)
         item.done = True
         return tuple(self._restate(item, whole))
-
-    def _announce_part(self, value: dict[str, Any]) -> tuple[Delta, ...]:
-        part = value.get("part")
-        where = place(value)
-        if isinstance(part, dict) and part.get("type") in ("output_text", "refusal"):
-            (self._find("message", where) or self._open("message", where)).parted = True
-        return ()
 
     def _add_text(self, value: dict[str, Any], kind: Kind, field: str, at: str) -> tuple[Delta, ...]:
         text = delta_text(value.get("delta"))
@@ -539,8 +529,6 @@ _EVENTS: Final[Mapping[str, _Read]] = {
     "response.in_progress": _ResponseReader._begin,  # noqa: SLF001
     "response.output_item.added": _ResponseReader._add_item,  # noqa: SLF001
     "response.output_item.done": _ResponseReader._finish_item,  # noqa: SLF001
-    "response.content_part.added": _ResponseReader._announce_part,  # noqa: SLF001
-    "response.content_part.done": _ResponseReader._announce_part,  # noqa: SLF001
     "response.output_text.delta": _texts("message", "text", "content_index"),
     "response.output_text.done": _texts("message", "text", "content_index", "text"),
     "response.refusal.delta": _texts("message", "refusal", "content_index"),

@@ -33,6 +33,10 @@ JUDGED_WRONG: dict[str, tuple[frozenset[str], str]] = {
         frozenset({"finish", "tool_calls", "usage"}),
         f"{_UNNAMED} the tool call, the stop reason and the usage are missing",
     ),
+    "openai-responses__ai__openai-responses-language-model-test-ts-9733": (
+        frozenset({"text"}),
+        "no text is expected, as it has no deltas; but three of its events have it, `response.completed` among them",
+    ),
 }
 """By id: the fields expected wrongly, and why."""
 
@@ -115,7 +119,9 @@ def check(case: dict[str, Any], told: dict[str, Any], snapshot: Snapshot) -> Non
     """Compare everything that is expected of a transcript with the object that `replay` tells, and with the snapshot."""
     skipped = wrong(case)
     assert STATES[case["expected_terminal"]] == told["state"]
-    assert (case["expected_text"] or "") == told["text"] == snapshot.text
+    assert told["text"] == snapshot.text
+    if "text" not in skipped:
+        assert (case["expected_text"] or "") == told["text"]
     assert case["expected_reasoning"] == told["reasoning"] == (snapshot.reasoning or None)
     assert case["expected_refusal"] == told["refusal"] == (snapshot.refusal or None)
     check_ending(case, told["reason"], told["error"])
