@@ -105,7 +105,7 @@ async def _start(client: ControlClient, options: argparse.Namespace) -> int:
         on_conflict=options.on_conflict,
         on_detach=_on_detach(options),
         deadlines=DeadlinesMessage(**dict(options.deadlines)),
-        retry=RetryMessage() if options.attempts is None else RetryMessage(attempts=options.attempts),
+        retry=_retry(options),
         labels=dict(options.labels),
         delivery="durable" if options.durable else "immediate",
     )
@@ -129,6 +129,11 @@ async def _joined(client: ControlClient, stream_id: str) -> str:
         return f"joined {stream_id}"
     ended = f"{outcome['state']}({outcome['reason']})"
     return f"joined {stream_id}, which has ended as {ended}; --on-conflict replace starts anew"
+
+
+def _retry(options: argparse.Namespace) -> RetryMessage:
+    given = {"attempts": options.attempts, "resume": options.resume}
+    return RetryMessage(**{name: value for name, value in given.items() if value is not None})
 
 
 def _on_detach(options: argparse.Namespace) -> OnDetachMessage:
@@ -228,8 +233,13 @@ class _Status:
         if event.text:
             self.write(event.text)
         elif event.kind == "attempt" and event.details is not None and event.details.get("cause"):
-            delay_s = event.details.get("delay_s", 0)
-            self.remark(f"attempt {event.details['attempt']} after {delay_s:g} s ({event.details['cause']})")
+            details = event.details
+            rung = details.get("rung") or "retry"
+            self.remark(
+                f"attempt {details['attempt']} ({rung}) after {details.get('delay_s', 0):g} s ({details['cause']})"
+            )
+        elif event.kind == "withdrawn":
+            self.remark("the text so far is withdrawn; the answer begins anew")
         elif event.kind == "skipped" and event.details is not None:
             self.remark(f"an unreadable event was skipped: {event.details.get('why', '')}")
         if self._spinner is not None:

@@ -20,6 +20,7 @@ CONFIG_VARIABLE = "STREAM_SUPERVISOR_CONFIG"
 
 _STATES = ("pending", "connecting", "streaming", "stopping", "completed", "failed", "cancelled", "expired")
 _CLOCKS = ("connect", "first_event", "idle", "total")
+_RUNGS = ("sequence", "continuation", "restart")
 
 Options = argparse.Namespace
 
@@ -196,7 +197,13 @@ def _add_streams(commands: Any) -> None:
         dest="deadlines",
         help=f"{', '.join(_CLOCKS)}; seconds, or none",
     )
-    start.add_argument("--attempts", type=int, metavar="N", help="how often to try before the first event")
+    start.add_argument("--attempts", type=int, metavar="N", help="how often to try, in all")
+    start.add_argument(
+        "--resume",
+        type=_rungs,
+        metavar="RUNGS",
+        help="what may be done when an answer breaks off: sequence, continuation, restart (with commas), or none",
+    )
     start.add_argument(
         "--on-detach",
         type=_on_detach,
@@ -342,6 +349,13 @@ def _deadline(text: str) -> tuple[str, float | None]:
     if not equals or name not in _CLOCKS:
         raise argparse.ArgumentTypeError(f"{text!r} is not CLOCK=S; the clocks are {', '.join(_CLOCKS)}")
     return f"{name}_s", None if value == "none" else _seconds(value)
+
+
+def _rungs(text: str) -> tuple[str, ...]:
+    rungs = () if text == "none" else tuple(rung.strip() for rung in text.split(","))
+    if not set(rungs) <= set(_RUNGS) or len(set(rungs)) != len(rungs):
+        raise argparse.ArgumentTypeError(f"{text!r}: give any of {', '.join(_RUNGS)}, with commas, or none")
+    return rungs
 
 
 def _on_detach(text: str) -> tuple[str, float | None]:

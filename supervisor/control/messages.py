@@ -155,15 +155,19 @@ class DeadlinesMessage(_Params, frozen=True, kw_only=True):
 
 
 class RetryMessage(_Params, frozen=True, kw_only=True):
-    """How often, and how patiently, an attempt that failed before its first event is repeated."""
+    """How often, and how patiently, attempts are made, and what may be done once an answer has begun."""
 
     attempts: Annotated[int, msgspec.Meta(ge=1, le=100)] | msgspec.UnsetType = msgspec.UNSET
     wait_initial_s: Seconds | msgspec.UnsetType = msgspec.UNSET
     wait_max_s: Seconds | msgspec.UnsetType = msgspec.UNSET
+    resume: (
+        Annotated[tuple[Literal["sequence", "continuation", "restart"], ...], msgspec.Meta(max_length=3)]
+        | msgspec.UnsetType
+    ) = msgspec.UNSET
 
-    def given(self) -> dict[str, float]:
+    def given(self) -> dict[str, Any]:
         """Return the settings that were stated."""
-        fields = ("attempts", "wait_initial_s", "wait_max_s")
+        fields = ("attempts", "wait_initial_s", "wait_max_s", "resume")
         return {name: value for name in fields if (value := getattr(self, name)) is not msgspec.UNSET}
 
 
@@ -487,7 +491,8 @@ class EventMessage(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
 
     `data` events carry the upstream's payload exactly as received, as a JSON string in `data`, or in `data_b64` when it
     is not UTF-8. In the view `text`, `data` events are replaced by `text` events that join the text of the events `first`
-    to `last`. `attempt`, `skipped` and `note` carry `details`. `outcome` is always the last and carries the outcome.
+    to `last`. `attempt`, `withdrawn`, `skipped` and `note` carry `details`; after `withdrawn` the answer begins anew, as what was
+    received before is no longer part of it. `outcome` is always the last and carries the outcome.
     """
 
     kind: str
