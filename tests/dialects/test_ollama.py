@@ -94,7 +94,9 @@ def test_only_done_ends_it(*, clean: bool) -> None:
         b"\n\n",
         b'{"model":',
     ):
-        assert read(OLLAMA, body, clean=clean).ending == ("failed", "truncated")
+        sink = read(OLLAMA, body, clean=clean)
+        assert sink.ending == ("failed", "truncated")
+        assert sink.snapshot.model == ("m" if b"Hello" in body else None)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +239,7 @@ def test_the_first_request() -> None:
     assert (asked.path, asked.method, asked.body) == ("/api/chat", "POST", {**request, "stream": True})
     assert first({"prompt": "p"}, "/x/api/chat").path == "/x/api/generate"
     assert first({"prompt": "p"}, "/mine").path == "/mine"
+    assert first({"prompt": "p", **request}, "/api/chat").path == "/api/chat"
     assert request == {"model": "m", "messages": []}
     with pytest.raises(ConfigurationError, match="stream"):
         first({**request, "stream": False}, "/api/chat")
