@@ -1,6 +1,6 @@
 """Writes what the documentation says of options, limits, exit codes and the control channel, from the code that decides it.
 
-    python docs/generate.py            # writes README.md, docs/limits.md and the tables of docs/configuration.md anew
+    python docs/generate.py            # writes README.md, docs/limits.md, and the tables of the other pages anew
     python docs/generate.py --check    # exits with 1 if a table is stale
 
 The control session in the README is a real one: this script runs the daemon and a simulated upstream, and writes down what
@@ -16,7 +16,7 @@ import json
 import re
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from supervisor import daemon, streams
 from supervisor.cli.exits import EXIT_TABLE
 from supervisor.config import Config, RetentionConfig, ShutdownConfig, parse
 from supervisor.control import SUBPROTOCOL, ClientLimits, ControlLimits, LinkLimits, SessionLimits
+from supervisor.dialects import BUILTIN, Dialect, FaultKind, faults
 from supervisor.dialects.reading import BodyReader
 from supervisor.stores import MemoryStore
 from supervisor.stores.sqlite import SQLiteStore
@@ -48,6 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 LIMITS = ROOT / "docs" / "limits.md"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
+DIALECTS = ROOT / "docs" / "dialects.md"
 
 # --- limits ----------------------------------------------------------------------------------------------------------
 
@@ -439,6 +441,134 @@ def configuration_tables() -> str:
     return "\n".join(lines)
 
 
+# --- dialects --------------------------------------------------------------------------------------------------------
+
+OURS = {
+    "network": "no connection, or one that was lost before an answer",
+    "truncated": "the body ended before the answer did",
+    "protocol": "what came is not what the dialect or the framing allows",
+    "timeout": "also a clock of ours that ran out",
+}
+"""Kinds of faults that are not, or not only, told by a provider."""
+FRAMINGS = {"sse": "event stream", "ndjson": "NDJSON", "json-array": "JSON array", "none": "none"}
+RUNGS = {"openai-chat": "continuation (if the upstream has `prefill`)"}
+"""Rungs that depend on more than the dialect."""
+
+
+def dialect_tables() -> Iterator[tuple[str, str]]:
+    """Yield the tables of docs/dialects.md by name."""
+    told = [BUILTIN[name] for name in sorted(BUILTIN)]
+    yield (
+        "endings",
+        _table(
+            ("dialect", "framing", "ends well", "truncated"),
+            [
+                (f"`{one.name}`", FRAMINGS[one.framing], one.endings.well, one.endings.truncated)
+                for one in told
+            ],
+        ),
+    )
+    yield (
+        "incomplete",
+        _table(
+            ("dialect", "reason", ""),
+            [
+                (names if first else "", f"`{reason}`", meaning)
+                for names, reasons in _alike(told, lambda one: tuple(one.endings.incomplete.items()))
+                for first, (reason, meaning) in _firsts(reasons)
+            ],
+        ),
+    )
+    yield (
+        "errors",
+        _table(
+            ("dialect", "where it is told"),
+            [
+                (names if first else "", where)
+                for names, places in _alike(told, lambda one: one.endings.errors)
+                for first, where in _firsts(places)
+            ],
+        ),
+    )
+    yield (
+        "stopping",
+        _table(
+            ("dialect", "usage", "does closing stop the bill?", "a cancel", "rungs"),
+            [
+                (
+                    f"`{one.name}`",
+                    one.usage_rule,
+                    {True: "yes", False: "no", None: "not said"}[one.abort_stops_billing],
+                    f"`{one.stop}`" + (", and cancels on the provider's side" if one.asking.cancel else ""),
+                    _rungs(one),
+                )
+                for one in told
+            ],
+        ),
+    )
+    yield (
+        "faults",
+        _table(("kind", "temporary", "HTTP statuses", "words of codes and types", ""), _fault_rows()),
+    )
+
+
+def _alike(
+    dialects: Iterable[Dialect], ask: Callable[[Dialect], tuple[Any, ...]]
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yield each answer with the names of the dialects that give it."""
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for one in dialects:
+        found.setdefault(ask(one), []).append(f"`{one.name}`")
+    for answer, names in found.items():
+        yield ", ".join(names), answer
+
+
+def _rungs(dialect: Dialect) -> str:
+    if dialect.framing == "none":
+        return "the source's own"
+    asking = dialect.asking
+    rungs = ["sequence"] if asking.resume else []
+    rungs += (
+        [RUNGS[dialect.name]] if dialect.name in RUNGS else ["continuation"] if asking.continuation else []
+    )
+    return ", ".join([*rungs, "restart"])
+
+
+def _fault_rows() -> Iterator[tuple[str, ...]]:
+    words: dict[str, list[str]] = {}
+    for kind, parts in (*faults._WORDS, *faults._GENERAL):  # noqa: SLF001  # the data that decide
+        words.setdefault(kind, []).extend(parts)
+    statuses: dict[str, list[int]] = {}
+    for status in range(400, 600):
+        kind, _ = faults.classify(message="", status=status)
+        statuses.setdefault(kind, []).append(status)
+    for kind in typing.get_args(FaultKind):
+        yield (
+            f"`{kind}`",
+            "yes" if kind in faults._TEMPORARY or kind == "truncated" else "no",  # noqa: SLF001  # as above
+            _spans(statuses.get(kind, [])),
+            ", ".join(f"`{word}`" for word in words.get(kind, [])),
+            OURS.get(kind, ""),
+        )
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Return numbers as people write them: a range as such, and a class of statuses that is mostly there as the others."""
+    if len(numbers) > 50:
+        return f"the other {numbers[0] // 100}xx"
+    return ", ".join(map(str, numbers))
+
+
+def _firsts(items: Iterable[Any]) -> Iterator[tuple[bool, Any]]:
+    return ((number == 0, item) for number, item in enumerate(items))
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return "\n".join(line.replace("|  |", "| |").replace("|  |", "| |") for line in lines)
+
+
 # --- the control session ---------------------------------------------------------------------------------------------
 
 _CONFIG = """
@@ -604,6 +734,8 @@ def main(argv: list[str] | None = None) -> int:
         stale += [] if LIMITS.read_text("utf-8") == limits_page() else ["docs/limits.md"]
         page = CONFIGURATION.read_text("utf-8")
         stale += [] if block(page, "tables") == configuration_tables() else ["docs/configuration.md"]
+        page = DIALECTS.read_text("utf-8")
+        stale += [f"docs/dialects.md: {name}" for name, text in dialect_tables() if block(page, name) != text]
         stale += [] if shape(shown_session(readme)) == shape(said) else ["session"]
         print(f"stale: {', '.join(stale)}" if stale else "up to date")
         return int(bool(stale))
@@ -612,6 +744,10 @@ def main(argv: list[str] | None = None) -> int:
     README.write_text(put(readme, "session", f"```text\n{said}\n```"), "utf-8")
     LIMITS.write_text(limits_page(), "utf-8")
     CONFIGURATION.write_text(put(CONFIGURATION.read_text("utf-8"), "tables", configuration_tables()), "utf-8")
+    page = DIALECTS.read_text("utf-8")
+    for name, text in dialect_tables():
+        page = put(page, name, text)
+    DIALECTS.write_text(page, "utf-8")
     return 0
 
 

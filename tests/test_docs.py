@@ -24,7 +24,7 @@ from trio.testing import MockClock
 import supervisor
 from supervisor import open_supervisor
 from supervisor.config import parse
-from supervisor.dialects import Snapshot
+from supervisor.dialects import BUILTIN, FaultKind, Snapshot
 from supervisor.stores import Event
 from supervisor.streams import Outcome, diagram
 from supervisor.testing import Script, SimulatedUpstream
@@ -67,13 +67,14 @@ def test_the_readme_example():
     assert (match["out"], "", 0) == (ran.stdout, ran.stderr, ran.returncode)
 
 
-def test_the_embedding_guide(tmp_path, monkeypatch):
-    """Every block of the page runs, in order and sharing names, and prints what is shown under it."""
+@pytest.mark.parametrize(("name", "least"), [("embedding.md", 16), ("dialects.md", 4)])
+def test_the_guides(name, least, tmp_path, monkeypatch):
+    """Every block of these pages runs, in order and sharing names, and prints what is shown under it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MY_KEY", "")
-    page = (ROOT / "docs" / "embedding.md").read_text("utf-8")
+    page = (ROOT / "docs" / name).read_text("utf-8")
     blocks = list(_BLOCK.finditer(page))
-    assert page.count("```python") == len(blocks) > 15
+    assert page.count("```python") == len(blocks) >= least
     assert page.count("```text") == len([block for block in blocks if block["out"] is not None])
     namespace: dict[str, Any] = {"__name__": "guide"}
     for block in blocks:
@@ -145,6 +146,20 @@ def test_limits_and_exit_codes():
     page = README.read_text("utf-8")
     for name, text in generate.tables():
         assert generate.block(page, name) == text, name
+
+
+def test_the_tables_of_dialects():
+    """What the page says of endings and errors is what the dialects say of themselves, and leaves none of them out."""
+    generate = generator()
+    page = generate.DIALECTS.read_text("utf-8")
+    for name, text in generate.dialect_tables():
+        assert generate.block(page, name) == text, name
+    assert set(re.findall(r"^\| `([\w-]+)` \|", generate.block(page, "endings"), re.MULTILINE)) == set(
+        BUILTIN
+    )
+    assert set(re.findall(r"^\| `(\w+)` \|", generate.block(page, "faults"), re.MULTILINE)) == set(
+        get_args(FaultKind)
+    )
 
 
 def test_every_limit_is_listed():
