@@ -20,6 +20,7 @@ from supervisor.dialects.replay import ReplayResult, replay
 from supervisor.testing.upstream.answers import (
     ANTHROPIC,
     COHERE,
+    EVENTS,
     GEMINI,
     GEMINI_ARRAY,
     OLLAMA_CHAT,
@@ -36,6 +37,7 @@ from supervisor.testing.upstream.script import Script, script_for_model
 SHAPES = {
     "anthropic": ANTHROPIC,
     "cohere": COHERE,
+    "events": EVENTS,
     "gemini": GEMINI,
     "gemini-jsonarray": GEMINI_ARRAY,
     "ollama-chat": OLLAMA_CHAT,
@@ -53,8 +55,8 @@ FINISHES = {
     "ollama": {"stop": "stop", "length": "length", "tool_calls": "stop"},
     "openai-responses": {"stop": "completed", "length": "max_output_tokens", "tool_calls": "completed"},
 }
-WITHOUT_REASONING = (OPENAI_COMPLETIONS,)
-WITHOUT_TOOLS = (OPENAI_COMPLETIONS, OLLAMA_GENERATE)
+WITHOUT_REASONING = (EVENTS, OPENAI_COMPLETIONS)
+WITHOUT_TOOLS = (EVENTS, OLLAMA_GENERATE, OPENAI_COMPLETIONS)
 
 
 def finish(shape: Shape, said: str) -> str:

@@ -22,8 +22,8 @@ def _token(answer: Answer, at: int, text: str) -> Event:
 
 
 def _closing(answer: Answer, at: int) -> Iterator[Event]:
-    if answer.finish is not None:
-        last = {"finish_reason": answer.finish} | _usage(answer)
+    if answer.script.finish_reason is not None:
+        last = {"finish_reason": answer.script.finish_reason} | _usage(answer)
         yield Event(json(last), id=str(at + 1), kind="finish")
         at += 1
     yield Event(b"[DONE]", id=str(at + 1), kind="marker")
@@ -36,7 +36,7 @@ def _usage(answer: Answer) -> dict[str, Any]:
 
 
 def _whole(answer: Answer) -> dict[str, Any]:
-    return {"text": answer.text, "finish_reason": answer.finish} | _usage(answer)
+    return {"text": answer.text, "finish_reason": answer.script.finish_reason} | _usage(answer)
 
 
 def _error(failure: Failure, at: int) -> Event:
