@@ -125,6 +125,11 @@ class Fold:
         return self._spent if self._usage is None else self._usage.plus(self._spent)
 
     @property
+    def spent(self) -> Usage | None:
+        """What the requests before the last one are known to have used."""
+        return self._spent
+
+    @property
     def finish_reason(self) -> str | None:
         """The finish reason of choice 0."""
         first = self._choices.get(0)

@@ -16,10 +16,14 @@ estimate); only when that could be over the budget is the answer itself measured
 
 **The quality of a usage.** `exact` is a provider's final figure for all that was asked of it: the answer completed, and no request
 before the last one had begun to answer. A request that died in the middle stated, at best, what it had used by then; with it the
-sum is `provider_partial`.
+sum is `provider_partial`. An answer that was cut may have grown since its provider's last figure (Anthropic states a first one at the
+beginning and the next at the end): where what was received is plainly more than that, its estimate takes the place of the output
+stated, and the whole is `estimated`.
 """
 
 from __future__ import annotations
+
+import msgspec
 
 from supervisor.dialects import Fold, Usage
 from supervisor.dialects.estimate import estimate_tokens, estimate_usage, output_bytes
@@ -77,10 +81,14 @@ def billed(
     if reported is not None:
         return reported
     usage = fold.usage
-    if usage is not None:
-        return usage, "exact" if completed and not broken else "provider_partial"
+    if usage is not None and completed:
+        return usage, "provider_partial" if broken else "exact"
     guessed = estimate_usage(fold.snapshot()) if estimate else None
-    return guessed, "unknown" if guessed is None else "estimated"
+    if usage is None:
+        return guessed, "unknown" if guessed is None else "estimated"
+    if guessed is not None and (usage.output or 0) < (guessed.output or 0):
+        return msgspec.structs.replace(usage, output=guessed.output), "estimated"
+    return usage, "provider_partial"
 
 
 def _output(usage: Usage | None) -> int | None:

@@ -251,9 +251,14 @@ class Output:
             and verdict.reason != "provider_error"
         )
 
-    def report_usage(self, usage: Usage, quality: str) -> None:
-        """Give the outcome the usage that the provider stated for a stream that was abandoned, and its quality."""
-        self._stream._reported_usage = (usage, quality)  # noqa: SLF001
+    def report_usage(self, usage: Usage) -> None:
+        """Give the outcome the usage of the last request, which the provider stated although the stream was abandoned.
+
+        With requests before it that had begun to answer, it is a part of the sum.
+        """
+        whole = all(rung in ("retry", "sequence") for rung in self._stream._rungs)  # noqa: SLF001
+        reported = usage if whole else usage.plus(self._fold.spent)
+        self._stream._reported_usage = (reported, "exact" if whole else "provider_partial")  # noqa: SLF001
 
     def cleanup_failed(self, why: str) -> None:
         """Have the outcome say what went wrong after the seal. It changes nothing about the ending."""

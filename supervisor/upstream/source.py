@@ -150,8 +150,19 @@ class _Climb:
                 self._fail(ladder.last(failure))
                 return
             out.waiting()
-            await trio.sleep(further.delay_s)
+            await self._pause(further)
             step = further
+
+    async def _pause(self, step: Step) -> None:
+        """Wait before an attempt. A trial of its circuit that it was let make is given back if it is not made."""
+        waited = False
+        try:
+            await trio.sleep(step.delay_s)
+            waited = True
+        finally:
+            circuit = self._source._circuits(step.upstream.name)  # noqa: SLF001  # as above
+            if not waited and circuit is not None:
+                circuit.abandoned(trio.current_time())
 
     async def _make(self, step: Step) -> Failure | None:
         source, circuit = self._source, self._source._circuits(step.upstream.name)  # noqa: SLF001  # as above
@@ -222,7 +233,7 @@ class _Climb:
                 return
             usage = asking.usage(body) if asking.usage is not None and 200 <= status < 300 else None
             if usage is not None:
-                out.report_usage(usage, "exact")
+                out.report_usage(usage)
                 return
             if not 200 <= status < 300 and call.method != "GET":
                 message = upstream.dialect.fault(status, body).message

@@ -431,6 +431,10 @@ STATED = Usage(input=3, output=4)
         (STATED, {"completed": True, "broken": True}, (STATED, "provider_partial")),
         (None, {"completed": True}, (Usage(output=2), "estimated")),
         (None, {"completed": False}, (Usage(output=2), "estimated")),
+        (Usage(9, 1), {"completed": False}, (Usage(9, 2), "estimated")),
+        (Usage(9, 1), {"completed": True}, (Usage(9, 1), "exact")),
+        (Usage(9), {"completed": False}, (Usage(9, 2), "estimated")),
+        (Usage(9, 1), {"completed": False, "estimate": False}, (Usage(9, 1), "provider_partial")),
         (None, {"completed": True, "estimate": False}, (None, "unknown")),
         (None, {"completed": False, "reported": (STATED, "exact")}, (STATED, "exact")),
         (Usage(output=1), {"completed": False, "reported": (STATED, "exact")}, (STATED, "exact")),
@@ -530,7 +534,7 @@ async def test_a_usage_that_was_asked_for_after_the_seal_is_preferred(autojump_c
         try:
             await trio.sleep_forever()
         finally:
-            out.report_usage(Usage(input=7, output=40), "exact")
+            out.report_usage(Usage(input=7, output=40))
 
     async with open_supervisor() as sup:
         stream = await sup.start(source)
@@ -538,6 +542,28 @@ async def test_a_usage_that_was_asked_for_after_the_seal_is_preferred(autojump_c
         await stream.cancel()
 
     assert (stream.outcome.usage, stream.outcome.usage_quality) == (Usage(input=7, output=40), "exact")
+
+
+async def test_a_usage_that_was_asked_for_is_that_of_the_last_request(autojump_clock):
+    """What the request before it is known to have used is added, and the sum is partial."""
+
+    async def source(out) -> None:
+        out.attempt(1)
+        put(out, Delta(text="abcd", usage=Usage(input=5, output=1)))
+        out.attempt(2, rung="restart")
+        put(out, Delta(text="abcd"))
+        try:
+            await trio.sleep_forever()
+        finally:
+            out.report_usage(Usage(input=7, output=40))
+
+    async with open_supervisor() as sup:
+        stream = await sup.start(source)
+        await trio.sleep(1)
+        await stream.cancel()
+
+    expected = (Usage(input=12, output=41), "provider_partial")
+    assert (stream.outcome.usage, stream.outcome.usage_quality) == expected
 
 
 # --- for nobody ------------------------------------------------------------------------------------------------------

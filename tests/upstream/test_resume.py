@@ -12,8 +12,9 @@ import pytest
 import trio
 import trio.testing
 
-from supervisor.dialects import Usage
+from supervisor.dialects import OPENAI_CHAT, Usage
 from supervisor.streams import Cursor, Outcome, Stream, Supervisor, open_supervisor
+from supervisor.streams.attempts import Refold
 from supervisor.upstream import RetryPolicy, StreamTransport, Upstream
 from supervisor.upstream.source import HttpSource
 from tests.upstream.scripted import Peer, serve
@@ -106,13 +107,16 @@ class Told:
 async def told(stream: Stream) -> Told:
     outcome = await stream.wait()
     records: list[tuple[int, str, Any]] = []
+    refold = Refold(OPENAI_CHAT)
     async with stream.subscribe() as events:
         async for event in events:
+            refold.apply(event)
             payload = event.payload if event.kind == "data" else json.loads(event.payload)
             records.append((event.epoch, event.kind, payload))
     snapshot = await stream.read_snapshot()
     # A later reading of the journal says the same as the live fold.
-    assert snapshot.text == stream.snapshot().text
+    assert snapshot == stream.snapshot()
+    assert attrs.evolve(snapshot, epoch=1, seq=0) == refold.fold.snapshot()
     return Told(outcome, records, snapshot.text, snapshot.joined_at)
 
 
@@ -290,6 +294,7 @@ async def test_a_fallback_is_asked(virtual: trio.testing.MockClock) -> None:
     assert told.rungs == [None, "retry", "fallback"]
     assert told.of("attempt")[2]["upstream"] == "two"
     assert (len(one.asked), len(two.asked), two.asked[0][2]["model"]) == (2, 1, "their-m")
+    assert (told.of("withdrawn"), told.outcome.epoch) == ([], 1)  # there was nothing
 
 
 async def test_a_fallback_that_takes_the_place_of_an_answer(virtual: trio.testing.MockClock) -> None:

@@ -13,7 +13,8 @@ import trio
 import trio.testing
 
 from supervisor.dialects import Usage, find
-from supervisor.streams import Deadlines, Stream, Supervisor, open_supervisor
+from supervisor.streams import Cursor, Deadlines, Stream, Supervisor, open_supervisor
+from supervisor.streams.attempts import Refold
 from supervisor.testing import Script, SimulatedUpstream
 from supervisor.upstream import RetryPolicy, StreamTransport, Upstream
 from supervisor.upstream.source import HttpSource
@@ -68,12 +69,21 @@ async def payloads(stream: Stream) -> list[dict[str, Any]]:
 
 
 async def check_text(stream: Stream, expected: str) -> None:
-    """The live fold, a later fold of the journal, and the texts of the events all say the same."""
+    """The live fold, a fold of the journal, and the texts of the events, read from any position on, all say the same."""
     assert stream.snapshot().text == expected
-    assert (await stream.read_snapshot()).text == expected
-    if not stream.snapshot().joined_at and stream.epoch == 1:
-        with stream.subscribe() as events:
-            assert "".join([event.text async for event in events]) == expected
+    refold = Refold(find(stream.dialect))
+    with stream.subscribe() as events:
+        told = [event async for event in events]
+    for event in told:
+        refold.apply(event)
+    assert refold.fold.snapshot().text == expected
+    if stream.snapshot().joined_at or stream.epoch > 1:
+        return
+    assert "".join([event.text for event in told]) == expected
+    for after in told:
+        with stream.subscribe(Cursor(after.epoch, after.seq), max_batch=3) as events:
+            rest = [event.text async for event in events]
+        assert rest == [event.text for event in told if event.seq > after.seq]
 
 
 # --- sequence: OpenAI's background responses -------------------------------------------------------------------------
@@ -112,6 +122,42 @@ async def test_a_background_response_that_drops_again_and_again(virtual: trio.te
         assert outcome.rungs == ("sequence",) * (outcome.attempts - 1)
         assert outcome.attempts > 2
         await check_text(stream, TEXT)
+
+
+async def test_a_resume_that_breaks_before_its_first_event(virtual: trio.testing.MockClock) -> None:
+    """The next one asks for the same events again: after the last that is in the journal."""
+    ids = {"item_id": "i", "output_index": 0, "content_index": 0}
+    events = [
+        {"type": "response.created", "response": {"id": "resp_1", "status": "in_progress"}},
+        {"type": "response.output_text.delta", "delta": "Hello", **ids},
+        {"type": "response.output_text.delta", "delta": " there", **ids},
+        {"type": "response.completed", "response": {"id": "resp_1", "status": "completed", "output": []}},
+    ]
+    lines = [f"data: {json.dumps({**event, 'sequence_number': n})}\n\n" for n, event in enumerate(events)]
+    targets: list[str] = []
+
+    async def handle(peer: Peer) -> None:
+        head, _ = await peer.request()
+        targets.append(head.decode().split(" ")[1])
+        body = "".join({1: lines[:2], 4: lines[2:]}.get(len(targets), [])).encode()
+        if len(targets) == 2:
+            await peer.send(b"HTTP/1.1 503 X\r\nContent-Length: 0\r\n\r\n")
+        else:
+            await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n" + body)
+        await peer.cut()
+
+    async with trio.open_nursery() as nursery:
+        server = await serve(nursery, handle)
+        async with open_supervisor() as sup, StreamTransport(trust_env=False) as transport:
+            url = f"http://127.0.0.1:{server.port}"
+            upstream = Upstream(name="u", base_url=url, dialect=find("openai-responses"))
+            request = {"model": "m", "input": INPUT, "background": True}
+            stream = await sup.start(HttpSource(upstream, request, transport=transport, retry=POLICY))
+            outcome = await stream.wait()
+            assert (outcome.state, stream.snapshot().text) == ("completed", "Hello there")
+        nursery.cancel_scope.cancel()
+    again = "/responses/resp_1?stream=true&starting_after=1"
+    assert targets == ["/responses", again, again, again]
 
 
 @pytest.mark.parametrize("request_", [{}, {"background": True, "store": False}])
