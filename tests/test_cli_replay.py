@@ -91,7 +91,7 @@ def test_a_missing_file_is_no_reason_to_stop(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [(["--dialect", "opnai"], "openai-chat"), (["--dialect", "native"], "openai-chat"),
+    ("options", "said"), [(["--dialect", "opnai-chat"], "openai-chat"), (["--dialect", "native"], "openai-chat"),
                           (["--dialect", "sse", "--chunk", "0"], "1 or more")]
 )  # fmt: skip
 def test_wrong_options(capsys: pytest.CaptureFixture[str], options: list[str], said: str) -> None:
@@ -101,6 +101,17 @@ def test_wrong_options(capsys: pytest.CaptureFixture[str], options: list[str], s
     assert printed.out == ""
     assert said in printed.err
     assert "/nowhere" not in printed.err
+
+
+def test_a_dialect_that_nobody_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Is read as generic, and that is said: an unknown provider's stream most likely has one of the common shapes."""
+    path = tmp_path / "body"
+    path.write_bytes(b'data: {"text": "Hi"}\n\ndata: [DONE]\n\n')
+    assert main(["replay", "--dialect", "acme-stream", "--json", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert (json.loads(out)["state"], json.loads(out)["text"]) == ("completed", "Hi")
+    assert "'acme-stream'" in err
+    assert "read as generic" in err
 
 
 def test_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

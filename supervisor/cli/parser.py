@@ -296,7 +296,10 @@ def _add_tools(commands: Any) -> None:
         "read recorded response bodies as a live stream would, without a daemon",
     )
     replay.add_argument(
-        "--dialect", required=True, metavar="NAME", help="such as openai-chat; sse: no dialect"
+        "--dialect",
+        required=True,
+        metavar="NAME",
+        help="such as openai-chat; sse: no dialect; an unknown one is read as generic",
     )
     replay.add_argument("--chunk", type=int, metavar="N", help="feed N bytes at a time")
     replay.add_argument("files", nargs="+", metavar="FILE", help="-: standard input")

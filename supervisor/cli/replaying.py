@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
 from pathlib import Path
 
 from supervisor.cli.exits import Exit
 from supervisor.cli.render import complain, visible
+from supervisor.dialects.catalog import BUILTIN
 from supervisor.dialects.replay import SSE, ReplayResult, replay
 from supervisor.errors import ConfigurationError
 
@@ -17,11 +19,16 @@ __all__ = ["replay_files"]
 
 def replay_files(options: argparse.Namespace) -> int:
     """Replay each file; one that cannot be read is reported and the others are still done (exit 2)."""
+    dialect = options.dialect
     try:
-        replay(options.dialect, b"", chunk=options.chunk)  # judges the options before any file is opened
+        replay(dialect, b"", chunk=options.chunk)  # judges the options before any file is opened
     except ConfigurationError as error:
-        complain(str(error))
-        return Exit.USAGE
+        mistyped = difflib.get_close_matches(dialect, [*BUILTIN, SSE], n=1, cutoff=0.85)
+        if error.field != "dialect" or mistyped:
+            complain(str(error))
+            return Exit.USAGE
+        complain(f"{error}; read as generic, which knows the common shapes")
+        dialect = "generic"
     code = Exit.OK
     for file in options.files:
         try:
@@ -30,7 +37,7 @@ def replay_files(options: argparse.Namespace) -> int:
             complain(f"{file}: {error.strerror or error}")
             code = Exit.USAGE
             continue
-        result = replay(options.dialect, data, chunk=options.chunk)
+        result = replay(dialect, data, chunk=options.chunk)
         if options.json:
             print(json.dumps(result.to_json_object(file)))  # noqa: T201  # the command's output
         else:
