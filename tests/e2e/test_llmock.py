@@ -182,7 +182,7 @@ async def bench(server: str, provider: Provider) -> AsyncIterator[Bench]:
         open_supervisor() as sup,
     ):
         (await admin.post("reset")).raise_for_status()
-        with trio.fail_after(25):
+        with trio.fail_after(25):  # noqa: ASYNC100  # the checkpoints are those of the block
             yield Bench(provider, server, sup, transport, admin)
 
 
