@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,22 @@ def _run(script: str, tmp_path: Path) -> dict:
             {"httpx raw", "ours", "ours, no journal", "ours, read", "raw trio"},
             6,
             id="consume",
+        ),
+        pytest.param(
+            "decode.py",
+            {
+                f"events, {lines}, {reads}"
+                for lines in ("data", "event, data", "id, data", "id, event, data")
+                for reads in ("64 KiB reads", "4 KiB reads", "one event a read")
+            }
+            | {
+                f"deltas, {dialect}, {reads}"
+                for dialect in (["openai-chat"] + (["anthropic"] if find_spec("anthropic") else []))
+                for reads in ("4 KiB reads", "one event a read")
+            },
+            {"ours"},
+            16 if find_spec("anthropic") else 14,
+            id="decode",
         ),
         pytest.param(
             "cancel.py",
