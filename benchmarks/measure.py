@@ -41,7 +41,18 @@ __all__ = [
 ]
 
 HERE = Path(__file__).resolve().parent
-_PACKAGES = ("anthropic", "attrs", "h11", "httpcore", "httpx", "httpx-sse", "httpx2", "msgspec", "openai", "trio")
+_PACKAGES = (
+    "anthropic",
+    "attrs",
+    "h11",
+    "httpcore",
+    "httpx",
+    "httpx-sse",
+    "httpx2",
+    "msgspec",
+    "openai",
+    "trio",
+)
 
 
 class WorkerError(Exception):
