@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from supervisor.dialects import BUILTIN, Dialect
 from supervisor.dialects.base import Snapshot, Usage
 
 STATES = {"completed": "completed", "error": "failed", "incomplete": "failed"}
@@ -248,8 +247,3 @@ def _object(data: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def known(dialect: str) -> Dialect | None:
-    """Return the built-in dialect of a transcript; None if it is of one that is read as `generic`."""
-    return BUILTIN.get(dialect)
