@@ -1,9 +1,17 @@
-"""A lean paced upstream: one epoll loop that holds thousands of streams at a steady pace and records when each closed.
+"""A lean upstream: one epoll loop that holds thousands of streams at a steady pace, or floods a few, and records when each closed.
 
 The simulated upstream of `supervisor.testing` spends a task or two and ~100 µs on an event, so at 1000 streams of 50 events/s
 it would be what is measured. This one sends prebuilt bytes, a few µs an event, and notices a close between any two slices
 of sends. It speaks just enough HTTP to be a streaming provider: POST anything, get an endless event stream, or GET
-`/report`. The request's JSON field `user` names the stream in the report. No faults, no TLS, no other routes.
+`/report`. Of the request's JSON, `user` names the stream in the report, and `flood` (a number of events) has that many sent
+as fast as they are taken, followed by the end of the answer. No faults, no other routes.
+
+A paced event has an HTTP chunk and a send of its own, at its own time: the streams' phases are drawn at random (the same in
+every run), as those of independent providers would be, and a `timerfd` wakes the loop to the microsecond where an
+`epoll_wait` would wait for whole milliseconds and then send everything that has come due at once. `--coarse` has it do
+that. In a flood one HTTP chunk has 256 events.
+
+`--tls` serves the same over TLS, with a certificate made for the occasion (trustme); the line printed has its authority.
 
 `python benchmarks/pacer.py --rate 50` prints one JSON line with `base_url`, and stops when its standard input closes.
 """
@@ -11,11 +19,14 @@ of sends. It speaks just enough HTTP to be a streaming provider: POST anything, 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import heapq
 import json
 import os
+import random
 import select
 import socket
+import ssl
 import sys
 import time
 from typing import Any
@@ -24,47 +35,78 @@ import measure
 
 _SLICE = 16
 """Sends between two looks at who has closed."""
+_EVENTS_A_WRITE = 256
 _HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncache-control: no-cache\r\n"
     b"transfer-encoding: chunked\r\n\r\n"
 )
+_NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-def _events() -> list[bytes]:
-    blocks = []
-    for number in range(64):
-        choice = {"index": 0, "delta": {"content": f"w{number} "}, "finish_reason": None}
-        chunk = {
-            "id": "chatcmpl-pacer",
-            "object": "chat.completion.chunk",
-            "created": 1_700_000_000,
-            "model": "pacer",
-            "choices": [choice],
-        }
-        event = b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
-        blocks.append(b"%x\r\n%b\r\n" % (len(event), event))
-    return blocks
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def _event(delta: dict[str, str], finish_reason: str | None = None) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    chunk = {
+        "id": "chatcmpl-pacer",
+        "object": "chat.completion.chunk",
+        "created": 1_700_000_000,
+        "model": "pacer",
+        "choices": [choice],
+    }
+    return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
+
+
+class _Timer:
+    """A file descriptor that is readable at a time: Linux's timerfd, which Python has since 3.13 only."""
+
+    class _Spec(ctypes.Structure):
+        _fields_ = [(name, ctypes.c_long) for name in ("every_s", "every_ns", "s", "ns")]
+
+    def __init__(self) -> None:
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.fd = self.libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
+        if self.fd < 0:
+            raise OSError(ctypes.get_errno(), "timerfd_create")
+        self.spec = self._Spec(0, 0, 0, 0)
+        self.pointer = ctypes.byref(self.spec)
+
+    def at(self, when: float) -> None:
+        """Become readable at a time of `time.monotonic()`, which is what this clock is on Linux."""
+        self.spec.s, self.spec.ns = int(when), max(1, int(when % 1 * 1e9))
+        self.libc.timerfd_settime(self.fd, 1, self.pointer, None)  # 1: an absolute time
 
 
 class _Client:
-    __slots__ = ("at", "due", "key", "received", "rest", "sock")
+    __slots__ = ("at", "due", "flood", "key", "received", "rest", "shaking", "sock")
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, shaking: bool) -> None:
         self.sock = sock
+        self.shaking = shaking
         self.received = bytearray()
         self.key = ""
         self.due = 0.0
         self.at = 0
-        self.rest = b""
+        self.flood = -1
+        """Events that are still to be sent in a flood; -1 in a paced stream."""
+        self.rest: bytes | memoryview = b""
 
 
 class Pacer:
     """Serves until standard input closes."""
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float, *, context: ssl.SSLContext | None = None, coarse: bool = False) -> None:
         self.interval = 1 / rate
-        self.blocks = _events()
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.context = context
+        self.coarse = coarse
+        events = [_event({"content": f"w{number} "}) for number in range(_EVENTS_A_WRITE)]
+        self.blocks = [_chunk(event) for event in events]
+        self.events = events
+        self.piece = _chunk(b"".join(events))
+        self.end = _chunk(_event({}, "stop") + b"data: [DONE]\n\n") + b"0\r\n\r\n"
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
         self.listener.setblocking(False)
         self.poll = select.epoll()
         self.clients: dict[int, _Client] = {}
@@ -72,22 +114,35 @@ class Pacer:
         self.order = 0
         self.closed: dict[str, float] = {}
         self.sent = self.late = self.behind = self.streaming = 0
+        self.phases = random.Random(1)
 
     def run(self) -> None:
         listener, stdin = self.listener.fileno(), sys.stdin.fileno()
         self.poll.register(listener, select.EPOLLIN)
         self.poll.register(stdin, select.EPOLLIN)
+        timer = None
+        if not self.coarse and sys.platform == "linux":
+            timer = _Timer()
+            self.poll.register(timer.fd, select.EPOLLIN | select.EPOLLET)
         while True:
-            now = time.monotonic()
-            wait = -1.0 if not self.heap else max(0.0, self.heap[0][0] - now)
-            for fd, _ in self.poll.poll(wait):
+            wait = -1.0
+            if self.heap:
+                now, due = time.monotonic(), self.heap[0][0]
+                wait = max(0.0, due - now)
+                if timer is not None and wait:
+                    timer.at(due)
+                    wait = -1.0
+            for fd, what in self.poll.poll(wait):
                 if fd == listener:
                     self._accept()
                 elif fd == stdin:
                     if not os.read(stdin, 4096):
                         return
-                else:
-                    self._readable(fd)
+                elif timer is None or fd != timer.fd:
+                    if what & ~select.EPOLLOUT:
+                        self._readable(fd)
+                    if what & select.EPOLLOUT:
+                        self._writable(fd)
             self._send_due()
 
     def _accept(self) -> None:
@@ -98,7 +153,9 @@ class Pacer:
                 return
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.clients[sock.fileno()] = _Client(sock)
+            if self.context is not None:
+                sock = self.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            self.clients[sock.fileno()] = _Client(sock, shaking=self.context is not None)
             self.poll.register(sock.fileno(), select.EPOLLIN)
 
     def _readable(self, fd: int) -> None:
@@ -106,8 +163,11 @@ class Pacer:
         if client is None:
             return
         try:
+            if client.shaking:
+                client.sock.do_handshake()
+                client.shaking = False
             data = client.sock.recv(65536)
-        except BlockingIOError:
+        except _NOT_NOW:
             return
         except OSError:
             data = b""
@@ -129,10 +189,16 @@ class Pacer:
         if head.startswith(b"GET "):
             self._report(client)
             return
-        client.key = json.loads(rest).get("user", "?")
+        request = json.loads(rest)
+        client.key = request.get("user") or "?"
         self.streaming += 1
         client.rest = _HEAD
-        self._send(fd, client)
+        client.flood = int(request.get("flood", -1))
+        if client.flood >= 0:
+            self.poll.modify(fd, select.EPOLLIN | select.EPOLLOUT)
+            return
+        # The first event at once, and the rest from a phase of its own on.
+        self._send(fd, client, time.monotonic() - self.interval * self.phases.random())
 
     def _send_due(self) -> None:
         for _ in range(_SLICE):
@@ -146,7 +212,7 @@ class Pacer:
                     self.behind += 1
                 self._send(fd, client, due)
 
-    def _send(self, fd: int, client: _Client, due: float | None = None) -> None:
+    def _send(self, fd: int, client: _Client, due: float) -> None:
         """Send one event, and arrange for the next."""
         data = client.rest + self.blocks[client.at % len(self.blocks)]
         client.at += 1
@@ -154,16 +220,41 @@ class Pacer:
             done = client.sock.send(data)
             client.rest = data[done:]
             self.sent += 1
-        except BlockingIOError:
+        except _NOT_NOW:
             self.late += 1  # the client's buffers are full: this event is not sent
         except OSError:
             self._gone(fd, client)
             return
-        now = time.monotonic()
-        next_due = now + self.interval if due is None else max(due + self.interval, now - 1)
+        next_due = max(due + self.interval, time.monotonic() - 1)
         self.order += 1
         client.due = self.order
         heapq.heappush(self.heap, (next_due, self.order, fd))
+
+    def _writable(self, fd: int) -> None:
+        """Send more of a flood."""
+        client = self.clients.get(fd)
+        if client is None:
+            return
+        try:
+            if not client.rest:
+                count = min(client.flood, _EVENTS_A_WRITE)
+                client.flood -= count
+                self.sent += count
+                if count == _EVENTS_A_WRITE:
+                    client.rest = memoryview(self.piece)
+                else:
+                    client.rest = (_chunk(b"".join(self.events[:count])) if count else b"") + self.end
+                    client.flood = -1
+            client.rest = client.rest[client.sock.send(client.rest) :]
+        except _NOT_NOW:
+            return
+        except OSError:
+            self._gone(fd, client)
+            return
+        if client.flood < 0 and not client.rest:  # the answer is complete: the connection may carry another
+            self.streaming -= 1
+            client.key = ""
+            self.poll.modify(fd, select.EPOLLIN)
 
     def _gone(self, fd: int, client: _Client) -> None:
         if client.key:
@@ -190,10 +281,21 @@ class Pacer:
         client.sock.setblocking(False)
 
 
-def report(base_url: str) -> dict[str, Any]:
+def trusting(ca_pem: str | None) -> ssl.SSLContext | None:
+    """Return a client's context for a pacer's certificate; None for a pacer without TLS."""
+    if ca_pem is None:
+        return None
+    context = ssl.create_default_context(cadata=ca_pem)
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def report(base_url: str, ca_pem: str | None = None) -> dict[str, Any]:
     """Ask a pacer what it saw. Blocks for the round trip."""
     host, port = base_url.split("/")[2].split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as sock:
+    context = trusting(ca_pem)
+    with socket.create_connection((host, int(port)), timeout=30) as plain:
+        sock = plain if context is None else context.wrap_socket(plain, server_hostname=host)
         sock.sendall(b"GET /report HTTP/1.1\r\nhost: x\r\n\r\n")
         data = b""
         while b"\r\n\r\n" not in data:
@@ -202,18 +304,33 @@ def report(base_url: str) -> dict[str, Any]:
         length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
         while len(body) < length:
             body += sock.recv(1 << 20)
+        sock.close()
     found: dict[str, Any] = json.loads(body)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rate", type=float, required=True, help="events per second and stream")
-    rate = parser.parse_args().rate
+    parser.add_argument("--tls", action="store_true", help="serve over TLS; needs trustme")
+    parser.add_argument("--coarse", action="store_true", help="wake in whole milliseconds, as epoll_wait does")
+    options = parser.parse_args()
     measure.raise_descriptor_limit()
-    pacer = Pacer(rate)
+    context, ca_pem = None, None
+    if options.tls:
+        import trustme
+
+        authority = trustme.CA()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1").configure_cert(context)
+        ca_pem = authority.cert_pem.bytes().decode()
+    pacer = Pacer(options.rate, context=context, coarse=options.coarse)
     host, port = pacer.listener.getsockname()
-    print(json.dumps({"base_url": f"http://{host}:{port}/v1", "pid": os.getpid()}), flush=True)
+    scheme = "https" if options.tls else "http"
+    line = {"base_url": f"{scheme}://{host}:{port}/v1", "pid": os.getpid(), "ca_pem": ca_pem}
+    print(json.dumps(line), flush=True)
     pacer.run()
 
 
