@@ -329,6 +329,7 @@ UPSTREAM_KEYS = {
     "models": "A table of model names: a request's `model` that is a key here is sent as the value.",
     "prefill": "How an `openai-chat` server is told to go on from an assistant's text: `assistant`, `prefix`, `partial` or `continue_final_message`.",
     "fallback": "An array of upstreams of the same dialect, asked in turn when this one fails before the first event.",
+    "max_unparseable": "How many events of an answer may be unreadable; they are skipped and counted. Default: 10.",
     "deadlines": "A table with the keys of `[deadlines]`; what is left out is as there.",
     "retry": "A table with the keys of `[retry]`; what is left out is as there.",
 }

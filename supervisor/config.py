@@ -427,6 +427,7 @@ _UPSTREAM_KEYS = {
     "models": dict,
     "prefill": str,
     "fallback": tuple[str, ...],
+    "max_unparseable": int,
     "deadlines": Deadlines,
     "retry": RetryPolicy,
 }

@@ -658,7 +658,7 @@ class Stream:
             state=verdict.state,
             reason=verdict.reason,
             actor=verdict.actor,
-            message=verdict.message,
+            message=verdict.message or self._incompleteness(),
             fault=verdict.fault,
             usage=usage,
             usage_quality=quality,
@@ -675,6 +675,12 @@ class Stream:
             joined_at=self._fold.joined_at,
             cleanup_error=self.cleanup_error,
         )
+
+    def _incompleteness(self) -> str:
+        """Say of an answer that is called complete what may be missing from it."""
+        if not self._skipped:
+            return ""
+        return f"{self._skipped} events of the upstream could not be read, and are not in the answer"
 
     def restore(self, outcome: Outcome) -> None:
         """Become the ended stream that the store remembers."""

@@ -173,6 +173,7 @@ class Attempt:
             self._upstream.dialect,
             self,
             content_type=exchange.headers.get("content-type"),
+            max_unparseable=self._upstream.max_unparseable,
             max_line_bytes=out.max_event_bytes,  # an event is most often one line
             max_event_bytes=out.max_event_bytes,
             reader=self.reader,
@@ -203,7 +204,11 @@ class Attempt:
         reason, fault = self.failed
         if broken is not None and reason == "truncated":
             reason, fault = "protocol", Fault(kind="protocol", message=str(broken))
-        again = reason == "truncated" or (reason == "provider_error" and fault.temporary)
+        again = (
+            reason == "truncated"
+            or (reason == "provider_error" and fault.temporary)
+            or reader.skipped > self._upstream.max_unparseable  # garbled, which need not happen again
+        )
         return Failure(reason, fault, again, self.told, self.begun)
 
     def _redirected(self, request: httpx.Request, exchange: Exchange) -> Failure | httpx.Request:

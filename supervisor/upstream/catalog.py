@@ -37,6 +37,7 @@ __all__ = ["Credential", "Upstream", "discover"]
 MAX_SECRET_BYTES = 16 << 10
 MAX_HEADER_CHARS = 8 << 10
 MAX_HEADERS = 64
+MAX_UNPARSEABLE = 1_000_000
 
 _DECODER = msgspec.json.Decoder(dict[str, Any])
 
@@ -293,6 +294,15 @@ def _check_prefill(instance: Upstream, _: attrs.Attribute[Any], value: str | Non
         )
 
 
+def _check_count(instance: Upstream, attribute: attrs.Attribute[Any], value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_UNPARSEABLE:
+        raise ConfigurationError(
+            f"upstream {instance.name}: {attribute.name}",
+            value,
+            f"a whole number from 0 to {MAX_UNPARSEABLE}",
+        )
+
+
 def _as_object(request: Mapping[str, Any] | bytes) -> Mapping[str, Any]:
     return _DECODER.decode(request) if isinstance(request, bytes) else request
 
@@ -336,6 +346,10 @@ class Upstream:
     """This upstream's names for models: a request's `model` that is a key here is sent as the value."""
     prefill: PrefillForm | None = attrs.field(default=None, validator=_check_prefill)
     """How an `openai-chat` server is told to go on from an assistant's text; None: it cannot be. Other dialects know."""
+
+    max_unparseable: int = attrs.field(default=10, validator=_check_count)
+    """How many events of an answer may be unreadable: they are skipped, counted and recorded. With one more the attempt has
+    failed (`protocol`). 0: an answer is whole or it is none."""
 
     @property
     def url(self) -> str:

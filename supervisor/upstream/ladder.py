@@ -199,7 +199,9 @@ class Ladder:
     def next(self, failure: Failure, at: Standing, now: float) -> Step | None:
         """Return the attempt to make after this failure, None if there is none to make."""
         self.passed_over = {}
-        self._tries = 1 if failure.began else self._tries + 1
+        # Only what an attempt added to the answer shows that the upstream is well; a restart begins at nothing each time.
+        progress = failure.began and self._rung in (None, "sequence", "continuation")
+        self._tries = 1 if progress else self._tries + 1
         if failure.began or not at.begun:
             self._lost = failure if at.begun else None
             self._owner = self._here

