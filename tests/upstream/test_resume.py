@@ -355,3 +355,36 @@ async def test_a_stop_is_not_followed_by_another_attempt(virtual: trio.testing.M
             assert outcome.fault is not None
             assert outcome.fault.kind == "truncated"
         nursery.cancel_scope.cancel()
+
+
+async def test_a_trial_that_is_not_made_is_given_back(virtual: trio.testing.MockClock) -> None:
+    """A stream that is stopped while it waits for its turn does not keep its upstream's circuit half open."""
+    told: list[str] = []
+
+    class Circuit:
+        def __getattr__(self, name: str) -> Any:
+            def tell(now: float) -> Any:
+                told.append(name)
+                return "closed" if name == "state" else True
+
+            return tell
+
+    async with (
+        providers([Answer([], status=503, ends=True)]) as (one,),
+        open_supervisor() as sup,
+        StreamTransport() as transport,
+    ):
+        upstream = Upstream(name="one", base_url=one.url)
+        policy = RetryPolicy(wait_initial_s=100, wait_max_s=100)
+        source = HttpSource(
+            upstream,
+            MESSAGES,
+            transport=transport,
+            retry=policy,
+            circuits=lambda _: Circuit(),
+            draw=lambda: 0.5,
+        )
+        stream = await sup.start(source)
+        await trio.sleep(10)
+        await stream.cancel()
+    assert told == ["state", "failed", "allows", "abandoned"]
