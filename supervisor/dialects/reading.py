@@ -90,6 +90,7 @@ class Sink(Protocol):
 class _Decoder(Protocol):
     """What a framing's decoder offers."""
 
+    asides: list[tuple[int, bytes]]
     comments: int
     stray: bytes
     fault: RemoteProtocolError | None
@@ -138,9 +139,7 @@ class BodyReader:
         "_only",
         "_reader",
         "_seen_comments",
-        "_seen_stray",
         "_sink",
-        "_stray_fault",
         "events",
         "skipped",
         "terminal",
@@ -187,8 +186,6 @@ class BodyReader:
         self._event_id: str | None = None
         self._event_id_before = last_event_id
         self._seen_comments = 0
-        self._seen_stray = 0
-        self._stray_fault: Fault | None = None
         # The beginning of the body, kept until an event shows that it is a stream.
         self._head: bytearray | None = bytearray()
         # The one JSON value of such a body, as long as there is no other.
@@ -225,23 +222,28 @@ class BodyReader:
             decoder, body = self._begin(framing)
         if self._head is not None:
             self._head += body[: max(0, _HEAD_BYTES - len(self._head))]
+        events: list[WireEvent] = []
+        refused = None
         try:
             events = decoder.feed(body)
         except RemoteProtocolError as exc:
-            self._fail("protocol", Fault(kind="protocol", message=str(exc)))
-            return
-        if len(decoder.stray) != self._seen_stray:
-            self._look_at_stray(decoder)
+            refused = str(exc)
+        fault = None
+        if decoder.asides:
+            # What came after an error outside of events is not read, whether or not it came in the same read.
+            count, fault = _fault_aside(decoder)
+            if fault is not None:
+                del events[count:]
         if not events:
             self._touch(decoder.comments)
         elif self._head is None:
             self._take(events)
         else:
             self._take_first(events)
-        if self._stray_fault is not None:
-            self._fail("provider_error", self._stray_fault)
-        elif decoder.fault is not None:
-            self._fail("protocol", Fault(kind="protocol", message=str(decoder.fault)))
+        if fault is not None:
+            self._fail("provider_error", fault)
+        elif refused is not None or decoder.fault is not None:
+            self._fail("protocol", Fault(kind="protocol", message=refused or str(decoder.fault)))
 
     def end(self, *, clean: bool, cause: str = "") -> None:
         """Say that the body has ended (`clean`: its framing was complete), or that the connection died of `cause`.
@@ -325,6 +327,9 @@ class BodyReader:
             events = decoder.feed(b"\n\n")
         except RemoteProtocolError:
             return
+        if (fault := _fault_aside(decoder)[1]) is not None:
+            self._fail("provider_error", fault)
+            return
         for event in events:
             try:
                 meant = self._dialect.reader().read(event.data, event.event)
@@ -395,7 +400,7 @@ class BodyReader:
         reason = self._ending()
         if any(delta.terminal for delta in deltas):
             self.terminal = True
-            if self._stray_fault is None and not self._sink.sealed:
+            if not self._sink.sealed:
                 self._sink.complete(reason or "done")
         elif reason is not None and not self._marked and not self._sink.sealed:
             self._marked = True
@@ -428,29 +433,24 @@ class BodyReader:
         """Return the error that the body told, but not in an event of the dialect."""
         if self._only is not None:
             return find_fault(_json(self._only), lenient=True)
-        return None if self._decoder is None else _stray_fault(self._decoder.stray, whole=True)
-
-    def _look_at_stray(self, decoder: _Decoder) -> None:
-        stray = decoder.stray
-        # Which events of this read came before the error is not known: they are all kept, but the error decides.
-        self._stray_fault = _stray_fault(stray[self._seen_stray :])
-        self._seen_stray = len(stray)
+        # Each line was looked at when it came; an error may also be told over several.
+        return None if self._decoder is None else find_fault(_json(self._decoder.stray))
 
 
-def _stray_fault(stray: bytes, *, whole: bool = False) -> Fault | None:
-    """Return the error told by lines that are not of an event stream: a field named `error`, or bare JSON."""
-    if not stray:
-        return None
-    for line in stray.splitlines():
+def _fault_aside(decoder: _Decoder) -> tuple[int, Fault | None]:
+    """Return the error told outside of events, a field named `error` or bare JSON, and how many events came before it."""
+    asides = decoder.asides[:]
+    decoder.asides.clear()
+    for count, line in asides:
         text = line.strip()
         if text.startswith(b"error:"):
             value = _json(text[6:])
             if value is None:
                 value = shown(text[6:], 2000)
-            return find_fault(value) or error_fault(value)
+            return count, find_fault(value) or error_fault(value)
         if text.startswith((b"{", b"[")) and (fault := find_fault(_json(text))) is not None:
-            return fault
-    return find_fault(_json(stray)) if whole else None
+            return count, fault
+    return 0, None
 
 
 def _json(data: bytes) -> Any:

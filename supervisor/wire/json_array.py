@@ -62,6 +62,8 @@ class JSONArrayDecoder:
     """Line ends between elements: the upstream is alive."""
     stray: bytes = attrs.field(default=b"", init=False)
     """Always empty: what is no JSON is an event, too, which the dialect will refuse."""
+    asides: list[tuple[int, bytes]] = attrs.field(factory=list, init=False)
+    """Always empty, for the same reason."""
     fault: RemoteProtocolError | None = attrs.field(default=None, init=False)
     """Set once a limit was passed; nothing after it is read."""
 

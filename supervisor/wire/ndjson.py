@@ -43,6 +43,8 @@ class NDJSONDecoder:
     """Blank lines and lines that begin with a colon: the upstream is alive."""
     stray: bytes = attrs.field(default=b"", init=False)
     """Always empty: what is no JSON is an event, too, which the dialect will refuse."""
+    asides: list[tuple[int, bytes]] = attrs.field(factory=list, init=False)
+    """Always empty, for the same reason."""
     fault: RemoteProtocolError | None = attrs.field(default=None, init=False)
     """Set once a limit was passed; nothing after it is read."""
 

@@ -78,6 +78,8 @@ class SSEDecoder:
     """The reconnection time in milliseconds; at most 2**63 - 1, to which a larger one is lowered."""
     stray: bytes = attrs.field(default=b"", init=False)
     """The first 4 KiB of lines (each ended by LF) that are neither a comment nor a field of the standard."""
+    asides: list[tuple[int, bytes]] = attrs.field(factory=list, init=False)
+    """Those lines of the last `feed` that met any, each after the number of events of that `feed` that came before it."""
     fault: RemoteProtocolError | None = attrs.field(default=None, init=False)
     """Set once a limit was passed; nothing after it is read."""
 
@@ -164,6 +166,8 @@ class SSEDecoder:
         if self._after_cr or _CR in data:
             data = self._with_lf(data)
         events: list[WireEvent] = []
+        if self.asides:
+            self.asides.clear()
         held = self._line
         try:
             if held or self._before:
@@ -351,11 +355,13 @@ class SSEDecoder:
     def _line_by_line(self, lines: list[bytes], events: list[WireEvent]) -> None:
         for line in lines:
             if line:
-                self._field(line)
+                if not self._field(line):
+                    self.asides.append((len(events), line))
             else:
                 self._dispatch(events)
 
-    def _field(self, line: bytes) -> None:
+    def _field(self, line: bytes) -> bool:
+        """Take a line that is not empty. False if it is neither a comment nor a field of the standard."""
         if len(line) > self.max_line_bytes:
             raise self._line_too_long()
         field, _, value = line.partition(b":")
@@ -383,8 +389,11 @@ class SSEDecoder:
             if value.isdigit():
                 digits = value.lstrip(b"0") or b"0"
                 self.retry = _MAX_RETRY_MS if len(digits) > 19 else min(int(digits), _MAX_RETRY_MS)
-        elif len(self.stray) < _STRAY_BYTES:
-            self.stray = (self.stray + line[:_STRAY_BYTES] + b"\n")[:_STRAY_BYTES]
+        else:
+            if len(self.stray) < _STRAY_BYTES:
+                self.stray = (self.stray + line[:_STRAY_BYTES] + b"\n")[:_STRAY_BYTES]
+            return False
+        return True
 
     def _name(self, line: bytes) -> str:
         """Return the event type which an event line sets; an empty one means `message`."""

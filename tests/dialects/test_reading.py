@@ -208,10 +208,46 @@ def test_an_error_between_events(line: bytes, message: str) -> None:
     assert read(BODY + line.rstrip(b"\n")).ending == ("failed", "provider_error")
 
 
-def test_an_error_between_events_beats_the_end_marker() -> None:
-    """An error outside of events is not forgotten because [DONE] came in the same read; the text of it is kept."""
-    sink = read(chunk({"content": "Hi"}) + b"error: boom\n\n" + DONE)
-    assert (sink.ending, sink.snapshot.text) == (("failed", "provider_error"), "Hi")
+@pytest.mark.parametrize(
+    ("parts", "ending", "text"),
+    [
+        ([chunk({"content": "Hi"}), b"error: boom\n\n", DONE], ("failed", "provider_error"), "Hi"),
+        (
+            [chunk({"content": "Hi"}), b"error: boom\n\n", chunk({"content": "!"})],
+            ("failed", "provider_error"),
+            "Hi",
+        ),
+        ([chunk({"content": "Hi"}), DONE, b"error: boom\n\n"], ("completed", "done"), "Hi"),
+        (
+            [b"x: y\n", chunk({"content": "Hi"}), b'{"error":"boom"}\n', DONE],
+            ("failed", "provider_error"),
+            "Hi",
+        ),
+        (
+            [b"x: y\n" * 2000, chunk({"content": "Hi"}), b"error: boom\n", DONE],
+            ("failed", "provider_error"),
+            "Hi",
+        ),
+        (
+            [chunk({"content": "Hi"}), b"error: boom\n", b"data: " + b"x" * 3000],
+            ("failed", "provider_error"),
+            "Hi",
+        ),
+        ([b"error: boom\n", b"data: " + b"x" * 3000], ("failed", "provider_error"), ""),
+        ([chunk({"content": "Hi"}), b"x" * 3000, b"error: boom\n\n"], ("failed", "protocol"), "Hi"),
+        ([chunk({"content": "Hi"}), b"error: boom\n", DONE[:-1]], ("failed", "provider_error"), "Hi"),
+        ([chunk({"content": "Hi"}), DONE[:-1], b"error: boom"], ("failed", "provider_error"), "Hi"),
+        ([b"x: y\n" * 2000, chunk(finish="stop"), b"error: boom"], ("failed", "provider_error"), ""),
+    ],
+)
+def test_an_error_outside_of_events_keeps_its_place(
+    parts: list[bytes], ending: tuple[str, str], text: str
+) -> None:
+    """What came before it is read and what came after it is not, whether they came in one read, by themselves or bytewise."""
+    body = b"".join(parts)
+    for pieces in ([body], parts, [body[at : at + 1] for at in range(len(body))]):
+        sink = read(*pieces, max_line_bytes=2500)
+        assert (sink.ending, sink.snapshot.text, sink.skipped) == (ending, text, [])
 
 
 def test_other_stray_lines_mean_nothing() -> None:

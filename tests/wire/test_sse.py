@@ -267,6 +267,18 @@ def test_stray_lines_are_kept_up_to_their_limit():
     assert len(decoder.stray) == 4096
 
 
+def test_stray_lines_are_placed_among_the_events_of_their_read():
+    """Each is told after the number of events before it, whole, and only until the next read that needs a second look."""
+    decoder = SSEDecoder()
+    long = b"x" * 5000
+    assert len(decoder.feed(b"a\ndata: 1\n\ndata: 2\nb: c\n\n: d\n" + long + b"\n")) == 2
+    assert decoder.asides == [(0, b"a"), (1, b"b: c"), (2, long)]
+    decoder.feed(b"e\n: f\n\n")
+    assert decoder.asides == [(0, b"e")]
+    decoder.feed(b": g\n")
+    assert decoder.asides == []
+
+
 def test_pending_is_the_whole_unfinished_line():
     """A JSON body without a line end can be read when the body has ended."""
     _, decoder = decode([b'{"error":', b' {"message": "no"}}'])
