@@ -21,6 +21,7 @@ from supervisor.errors import ConfigurationError, UpstreamError
 from supervisor.upstream.attempt import Attempt, Transport, ask
 from supervisor.upstream.ladder import Breaker, Failure, Ladder, Standing, Step
 from supervisor.upstream.retry import RetryPolicy
+from supervisor.upstream.veil import veil_for
 
 if TYPE_CHECKING:
     from supervisor.streams import Output
@@ -223,13 +224,16 @@ class _Climb:
             return
         request = upstream.asked(self._source._request)  # noqa: SLF001
         call = asking.cancel(request, response_id)
+        veil = None  # what is answered may repeat the credential
         while call is not None:
             try:
+                veil = veil_for(upstream.secret(), out.max_event_bytes)
                 status, body = await ask(
                     transport, upstream, upstream.placed(call), max_bytes=_RETRIEVED_BYTES
                 )
             except (UpstreamError, ConfigurationError) as exc:
-                out.cleanup_failed(f"the provider could not be told to stop: {exc}")
+                why = str(exc) if veil is None else veil.shortened(str(exc))
+                out.cleanup_failed(f"the provider could not be told to stop: {why}")
                 return
             usage = asking.usage(body) if asking.usage is not None and 200 <= status < 300 else None
             if usage is not None:
@@ -237,6 +241,7 @@ class _Climb:
                 return
             if not 200 <= status < 300 and call.method != "GET":
                 message = upstream.dialect.fault(status, body).message
+                message = message if veil is None else veil.shortened(message)
                 out.cleanup_failed(f"the provider refused to stop: {message}")
                 return
             if call.method == "GET":

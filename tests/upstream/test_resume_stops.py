@@ -1,0 +1,111 @@
+"""Stops while an answer takes several attempts: who is told, what is still asked, and what of it may be shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import attrs
+import pytest
+import trio
+import trio.testing
+
+from supervisor.streams import Stream, open_supervisor
+from supervisor.upstream import StreamTransport, Upstream
+from supervisor.upstream.catalog import Credential
+from supervisor.upstream.source import HttpSource
+from tests.upstream.scripted import Peer, serve
+
+SECRET = "sk-test-0123456789abcdef"
+BACKGROUND = {"model": "m", "input": "count", "background": True}
+CREATED = {"type": "response.created", "sequence_number": 0, "response": {"id": "resp_1", "status": "queued"}}
+DELTA = {"type": "response.output_text.delta", "sequence_number": 1, "item_id": "i", "delta": "Hello there"}
+STOPPED = b'{"id": "resp_1", "status": "cancelled", "usage": {"input_tokens": 3, "output_tokens": 4}}'
+
+
+@pytest.fixture
+def virtual() -> trio.testing.MockClock:
+    """Waits between attempts take no time."""
+    clock = trio.testing.MockClock()
+    clock.autojump_threshold = 0.02
+    return clock
+
+
+@attrs.define
+class Provider:
+    """A provider whose answers are made by `answer`, of its requests so far; it keeps what it was asked."""
+
+    answer: Callable[[Provider], bytes | None]
+    """None: it does not answer."""
+    asked: list[str] = attrs.field(factory=list)
+    url: str = ""
+
+    async def handle(self, peer: Peer) -> None:
+        head, _ = await peer.request()
+        self.asked.append(head.decode().split(" HTTP/")[0])
+        answer = self.answer(self)
+        if answer is not None:
+            await peer.send(answer)
+        if answer is None or b"Content-Length: 9999" in answer:
+            await peer.closed()
+
+
+def events(*told: dict[str, Any], cut: bool = False) -> bytes:
+    """Say these events, and stay silent after them, or break off."""
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in told).encode()
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body) + 1 if cut else 9999, body)
+
+
+def whole(status: int, body: bytes) -> bytes:
+    return b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
+
+
+@asynccontextmanager
+async def providers(*made: Provider) -> AsyncIterator[None]:
+    async with trio.open_nursery() as nursery:
+        for provider in made:
+            provider.url = f"http://127.0.0.1:{(await serve(nursery, provider.handle)).port}"
+        yield
+        nursery.cancel_scope.cancel()
+
+
+def responses(provider: Provider, name: str = "one", **options: Any) -> Upstream:
+    return Upstream(name=name, base_url=provider.url, dialect="openai-responses", **options)
+
+
+async def first_text(stream: Stream) -> None:
+    with stream.subscribe() as told:
+        async for event in told:
+            if event.text:
+                return
+
+
+# --- what the provider is told -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        whole(401, json.dumps({"error": {"message": f"Incorrect API key provided: {SECRET}"}}).encode()),
+        b"HTTP/1.1 %s X\r\n\r\n" % SECRET.encode(),
+    ],
+    ids=["refused", "not HTTP"],
+)
+async def test_a_provider_that_repeats_the_credential_when_told_to_stop(
+    answer: bytes, virtual: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The outcome says that it has not stopped, and not what the credential is."""
+    monkeypatch.setenv("A_KEY", SECRET)
+    one = Provider(lambda self: events(CREATED, DELTA) if len(self.asked) == 1 else answer)
+    async with providers(one), open_supervisor() as sup, StreamTransport(trust_env=False) as transport:
+        upstream = responses(one, credential=Credential.from_env("A_KEY"))
+        stream = await sup.start(HttpSource(upstream, BACKGROUND, transport=transport))
+        await first_text(stream)
+        await stream.cancel(mode="abort")
+        outcome = await stream.wait()
+    assert one.asked == ["POST /responses", "POST /responses/resp_1/cancel"]
+    assert outcome.cleanup_error is not None
+    assert "[credential removed]" in outcome.cleanup_error
+    assert SECRET[:12] not in outcome.to_json().decode()
