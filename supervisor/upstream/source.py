@@ -112,9 +112,9 @@ class _Climb:
         "_last_event_id",
         "_last_payload",
         "_out",
+        "_owner",
         "_retry_ms",
         "_source",
-        "_step",
     )
 
     def __init__(self, source: HttpSource, out: Output) -> None:
@@ -122,7 +122,7 @@ class _Climb:
         self._out = out
         self._ladder = source._ladder()  # noqa: SLF001  # one object in two: what is shared by runs, and one run
         self._attempt: Attempt | None = None
-        self._step: Step | None = None
+        self._owner: Upstream | None = None  # of the answer as it stands
         self._last_payload = b""
         self._last_event_id = ""
         self._retry_ms: int | None = None
@@ -168,7 +168,12 @@ class _Climb:
     async def _make(self, step: Step) -> Failure | None:
         source, circuit = self._source, self._source._circuits(step.upstream.name)  # noqa: SLF001  # as above
         goes_on = step.rung == "sequence" and self._attempt is not None
-        self._step = step
+
+        def begun() -> None:
+            self._owner = step.upstream
+            if circuit is not None:
+                circuit.succeeded(trio.current_time())
+
         self._attempt = attempt = Attempt(
             self._out,
             step.upstream,
@@ -177,7 +182,7 @@ class _Climb:
             ends=step.upstream.dialect.asking.resume_ends if step.rung == "sequence" else frozenset(),
             reader=self._attempt.reader if goes_on and self._attempt is not None else None,
             last_event_id=self._last_event_id if goes_on else "",
-            on_begun=None if circuit is None else lambda: circuit.succeeded(trio.current_time()),
+            on_begun=begun,
         )
         failure: Failure | None = None
         try:
@@ -215,10 +220,10 @@ class _Climb:
 
     async def stop_there(self) -> None:
         """Have the provider stop an answer that nobody will read, and report what it used. Bounded by the caller."""
-        step, out = self._step, self._out
-        if step is None:
+        upstream, out = self._owner, self._out
+        if upstream is None:
             return
-        upstream, transport = step.upstream, self._source._transport  # noqa: SLF001  # as above
+        transport = self._source._transport  # noqa: SLF001  # as above
         asking, response_id = upstream.dialect.asking, out.answer.response_id
         if asking.cancel is None or response_id is None:
             return

@@ -13,7 +13,7 @@ import trio
 import trio.testing
 
 from supervisor.streams import Stream, open_supervisor
-from supervisor.upstream import StreamTransport, Upstream
+from supervisor.upstream import RetryPolicy, StreamTransport, Upstream
 from supervisor.upstream.catalog import Credential
 from supervisor.upstream.source import HttpSource
 from tests.upstream.scripted import Peer, serve
@@ -109,3 +109,23 @@ async def test_a_provider_that_repeats_the_credential_when_told_to_stop(
     assert outcome.cleanup_error is not None
     assert "[credential removed]" in outcome.cleanup_error
     assert SECRET[:12] not in outcome.to_json().decode()
+
+
+async def test_a_stop_while_another_upstream_is_asked(virtual: trio.testing.MockClock) -> None:
+    """Told to stop is the provider whose answer there is, which knows it; not the one that has not answered yet."""
+    partial, gone, stopped = events(CREATED, DELTA, cut=True), whole(404, b"{}"), whole(200, STOPPED)
+    one = Provider(lambda self: (partial, gone, stopped)[len(self.asked) - 1])
+    two = Provider(lambda _: None)
+    async with providers(one, two), open_supervisor() as sup, StreamTransport(trust_env=False) as transport:
+        upstream = responses(one, fallback=[responses(two, "two")])
+        policy = RetryPolicy(attempts=3, resume=("sequence", "restart"))
+        stream = await sup.start(HttpSource(upstream, BACKGROUND, transport=transport, retry=policy))
+        await trio.sleep(10)
+        await stream.cancel(mode="abort")
+        outcome = await stream.wait()
+    assert outcome.rungs == ("sequence", "fallback")
+    assert one.asked[2:] == ["POST /responses/resp_1/cancel"]
+    assert two.asked == ["POST /responses"]
+    assert outcome.cleanup_error is None
+    assert outcome.usage is not None
+    assert (outcome.usage.input, outcome.usage_quality) == (3, "provider_partial")
