@@ -308,7 +308,7 @@ def _retry_after(fields: dict[str, Any], message: str) -> float | None:
             return value * scale
     if found := _LATER.search(message):
         unit = found[2].lower()
-        return float(found[1]) * (
-            0.001 if unit.startswith(("ms", "mil")) else 60.0 if unit.startswith("m") else 1.0
-        )
+        scale = 0.001 if unit.startswith(("ms", "mil")) else 60.0 if unit.startswith("m") else 1.0
+        value = float(found[1])
+        return value * scale if value < 1e9 else None
     return None

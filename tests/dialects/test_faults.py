@@ -120,6 +120,8 @@ def test_http_errors(body: bytes, message: str, code: str | None) -> None:
         ({"message": "x", "retry_after": 7}, 7.0),
         ({"message": "x", "retry_after_ms": 1500}, 1.5),
         ({"message": "x", "retry_after": True}, None),
+        ({"message": f"try again in {'9' * 400}s"}, None),
+        ({"message": "try again in 1000000000s"}, None),
         ({"message": "x"}, None),
     ],
 )
