@@ -91,7 +91,8 @@ class HttpSource:
         try:
             await climb.run()
         finally:
-            if out.abandoned:
+            # Not sealed: cancelled by the embedding program, or an error; the stream seals by it, but only once this has ended.
+            if out.abandoned or not out.sealed:
                 with trio.move_on_after(_CLEANUP_SHARE * out.cleanup_s, shield=True) as patience:
                     await climb.stop_there()
                 if patience.cancelled_caught:
@@ -236,7 +237,7 @@ class _Climb:
                 status, body = await ask(
                     transport, upstream, upstream.placed(call), max_bytes=_RETRIEVED_BYTES
                 )
-            except (UpstreamError, ConfigurationError) as exc:
+            except (UpstreamError, ConfigurationError, trio.ClosedResourceError) as exc:
                 why = str(exc) if veil is None else veil.shortened(str(exc))
                 out.cleanup_failed(f"the provider could not be told to stop: {why}")
                 return

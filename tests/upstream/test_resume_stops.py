@@ -129,3 +129,44 @@ async def test_a_stop_while_another_upstream_is_asked(virtual: trio.testing.Mock
     assert outcome.cleanup_error is None
     assert outcome.usage is not None
     assert (outcome.usage.input, outcome.usage_quality) == (3, "provider_partial")
+
+
+async def test_a_program_that_is_cancelled_stops_its_providers(virtual: trio.testing.MockClock) -> None:
+    """The cancel of the program ends the stream like any stop, and the provider is told before it passes on."""
+    one = Provider(lambda self: events(CREATED, DELTA) if len(self.asked) == 1 else whole(200, STOPPED))
+    async with providers(one):
+        with trio.CancelScope() as program:
+            async with StreamTransport(trust_env=False) as transport, open_supervisor() as sup:
+                stream = await sup.start(HttpSource(responses(one), BACKGROUND, transport=transport))
+                await first_text(stream)
+                program.cancel()
+                await trio.sleep_forever()
+        assert program.cancelled_caught
+    assert one.asked == ["POST /responses", "POST /responses/resp_1/cancel"]
+    outcome = stream.outcome
+    assert outcome is not None
+    assert (outcome.state, outcome.reason, outcome.actor) == ("cancelled", "shutdown", "parent")
+    assert outcome.usage is not None
+    assert (outcome.usage.output, outcome.usage_quality) == (4, "exact")
+
+
+async def test_a_program_that_is_cancelled_and_has_closed_its_transport(
+    virtual: trio.testing.MockClock,
+) -> None:
+    """The provider cannot be told; that is said, and the ending is the same."""
+    one = Provider(lambda _: events(CREATED, DELTA))
+    async with providers(one):
+        transport = StreamTransport(trust_env=False)
+        with trio.CancelScope() as program:
+            async with open_supervisor() as sup:
+                stream = await sup.start(HttpSource(responses(one), BACKGROUND, transport=transport))
+                await first_text(stream)
+                await transport.aclose()
+                program.cancel()
+                await trio.sleep_forever()
+        assert program.cancelled_caught
+    outcome = stream.outcome
+    assert outcome is not None
+    assert (outcome.state, outcome.reason, outcome.actor) == ("cancelled", "shutdown", "parent")
+    assert outcome.cleanup_error is not None
+    assert "could not be told to stop: this transport was closed" in outcome.cleanup_error
