@@ -76,6 +76,7 @@ class _WireChoice(msgspec.Struct, gc=False):
     finish_reason: str | None = None
     error: None = None
     usage: None = None
+    message: None = None
 
 
 class _WireChunk(msgspec.Struct, gc=False):
@@ -166,11 +167,11 @@ def chat_part(choice: Any) -> Part:
         raise UnparseableError("a choice is not an object")
     delta = choice.get("delta")
     whole = False
+    if not delta and choice.get("message") is not None:
+        delta = choice["message"]
+        whole = True
     if delta is None:
-        delta = choice.get("message")
-        whole = delta is not None
-    if delta is None:
-        delta = {}
+        delta = {"content": choice.get("text")}  # a choice of legacy completions
     if not isinstance(delta, dict):
         raise UnparseableError("a delta is not an object")
     text, reasoning, refusal = _content(delta.get("content"))

@@ -65,7 +65,7 @@ class ChunkReader:
         self._budget = CallBudget()
         self._open = 0
         self._first: _Choice | None = None
-        """Choice 0, once the model is known or will not be: from then on the shortest way is open."""
+        """Choice 0, once it was streamed, and the model is known or will not be: from then on the shortest way is open."""
         self._model: str | None = None
         self._response_id: str | None = None
         self._terminal = False
@@ -162,12 +162,12 @@ class ChunkReader:
                 choice = self._choices[part.choice] = _Choice(self._budget)
                 self._open += 1
             if not part.whole:
-                choice.streamed = True
+                choice.streamed |= bool(part.text or part.reasoning or part.refusal or part.pieces)
             elif choice.streamed:
                 # The whole answer repeated after its pieces: only how it ended is new.
                 part = Part(part.choice, finish_reason=part.finish_reason)  # noqa: PLW2901 - the part as it counts
             calls = tuple(filter(None, map(choice.calls.take, part.pieces))) if part.pieces else ()
-            if part.choice == 0 and (self._model is not None or part.text):
+            if part.choice == 0 and choice.streamed and (self._model is not None or part.text):
                 self._first = choice
             finish_reason = part.finish_reason
             if finish_reason is not None:

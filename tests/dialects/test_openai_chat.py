@@ -453,6 +453,29 @@ def test_a_whole_message_repeated_at_the_end_is_not_doubled() -> None:
     assert (sink.ending, sink.snapshot.text) == (("completed", "stop"), "Hi!")
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"message": {"content": "Hello"}},
+        {"delta": None, "message": {"content": "Hello"}},
+        {"delta": {}, "message": {"content": "Hello"}},
+        {"text": "Hello"},
+        {"delta": None, "text": "Hello"},
+    ],
+)
+@pytest.mark.parametrize(
+    "before", [b"", chunk({"role": "assistant"}), chunk({"role": "assistant"}, model="m")]
+)
+def test_a_text_in_another_place_is_not_lost(before: bytes, choice: dict[str, Any]) -> None:
+    """A message beside an empty delta, or after one that told nothing, and the text of a legacy choice, are told; once."""
+    last = event({"choices": [{"index": 0, "finish_reason": "stop", **choice}]})
+    sink = read(before, last, DONE)
+    assert (sink.ending, sink.snapshot.text) == (("completed", "stop"), "Hello")
+    if "message" in choice:
+        sink = read(before, *(chunk({"content": piece}) for piece in ("He", "llo")), last, DONE)
+        assert (sink.ending, sink.snapshot.text) == (("completed", "stop"), "Hello")
+
+
 def test_an_sdk_reads_the_same() -> None:
     """The vendor's SDK, where it is installed, accumulates the same answer from a plain stream."""
     openai = pytest.importorskip("openai", reason="the openai SDK is only installed for benchmarks")
