@@ -179,10 +179,16 @@ class Attempt:
             reader=self.reader,
             last_event_id=self._last_event_id,
         )
+
+        def take(data: bytes) -> bool:
+            reader.feed(data)
+            out.flush()
+            return not (self.sealed or out.congested)
+
         broken: RemoteProtocolError | None = None
         while not self.sealed:
             try:
-                data = await exchange.receive()
+                more = await exchange.pump(take)
             except UpstreamClosedError as exc:
                 reader.end(clean=False, cause=str(exc))
                 break
@@ -190,12 +196,10 @@ class Attempt:
                 broken = exc
                 reader.end(clean=False, cause=str(exc))
                 break
-            if not data:
+            if not more:
                 reader.end(clean=True)
                 break
-            reader.feed(data)
-            out.flush()
-            if out.congested:
+            if out.congested and not self.sealed:
                 await out.flow()
         if reader.terminal or exchange.at_end:
             await exchange.aclose()

@@ -20,6 +20,7 @@ import trio
 from supervisor.errors import UpstreamClosedError, UpstreamError
 from supervisor.upstream.connection import Connection, Counters
 from supervisor.upstream.head import ResponseHead
+from supervisor.upstream.shared import SharedReader
 from supervisor.wire.http1 import ContentLengthBody, Framing, UntilCloseBody
 
 __all__ = ["Exchange"]
@@ -42,8 +43,10 @@ class Exchange:
         "_keep_alive",
         "_label",
         "_over",
+        "_reader",
         "_release",
         "_rest",
+        "_take",
         "framing",
         "headers",
         "http_version",
@@ -63,6 +66,7 @@ class Exchange:
         release: Callable[[Connection], None],
         counters: Counters,
         label: str,
+        reader: SharedReader | None = None,
     ) -> None:
         self.status = head.status
         self.reason = head.reason
@@ -77,6 +81,8 @@ class Exchange:
         self._release = release
         self._counters = counters
         self._label = label
+        self._reader = reader
+        self._take: Callable[[bytes], bool] = _nothing_more
         self._over = False
 
     def __repr__(self) -> str:
@@ -179,6 +185,61 @@ class Exchange:
             raise
         return b""
 
+    async def pump(self, take: Callable[[bytes], bool]) -> bool:
+        """Give the body bytes of each read to `take`, until it returns False (then True) or the body has ended (then False).
+
+        By the transport's shared reader, in whose step `take` is called, or where there is none by `receive`: `take` must
+        not wait, and may not tell the difference. Otherwise as `receive`: a checkpoint, the same errors, and after one of
+        them, or a cancel, the socket is closed. An exception of `take` comes out as it is.
+        """
+        reader = self._reader
+        if reader is None:
+            while body := await self.receive():
+                if not take(body):
+                    return True
+            return False
+        if (
+            self._rest
+            or self.at_end
+            or self._over
+            or self.framing.fault is not None
+            or self._connection.ended
+        ):
+            body = await self.receive()
+            if not body:
+                return False
+            if not take(body):
+                return True
+            if self.at_end:
+                return False
+        self._take = take
+        try:
+            return await reader.read(self)
+        except trio.BusyResourceError:
+            raise  # as in `receive`
+        except OSError as exc:
+            self.abort()
+            raise self._closed(f": {exc.strerror or exc}") from exc
+        except BaseException:
+            self.abort()
+            raise
+
+    def feed_read(self, raw: bytes) -> bool | None:
+        """Take what one read of the socket brought. See `supervisor.upstream.shared.Body`."""
+        framing = self.framing
+        if raw:
+            body = framing.feed(self._connection.decode(raw))
+            if body and not self._take(body):
+                return True
+            if framing.complete:
+                return False
+            if framing.fault is None and not self._connection.ended:
+                return None
+            if framing.fault is not None:
+                framing.feed(b"")  # raises what broke after the body bytes of this read
+        self.feed_eof()
+        return False
+
     def abort(self) -> None:
         """Close the socket now: synchronous, no `close_notify`, no waiting. A task that waits in `receive` is woken."""
         if self._over:
@@ -186,6 +247,8 @@ class Exchange:
         self._over = True
         if not self.at_end:
             self._counters.aborted += 1
+        if self._reader is not None and not self._connection.closed:
+            self._reader.forget(self._connection.socket.fileno())
         self._connection.abort()
 
     async def aclose(self, *, drain_s: float | None = None) -> None:
@@ -238,3 +301,7 @@ class Exchange:
             f"the connection to {self._connection.origin} was closed before the response was complete{why}",
             sent=True,
         )
+
+
+def _nothing_more(_: bytes) -> bool:
+    return False

@@ -49,6 +49,7 @@ from supervisor.upstream.exchange import Exchange
 from supervisor.upstream.head import HeadReader, ResponseHead, checked_headers, tokens, write_head
 from supervisor.upstream.pool import IdlePool
 from supervisor.upstream.proxy import EnvironmentProxies, Proxy
+from supervisor.upstream.shared import SharedReader, shared_reading_works
 from supervisor.upstream.tls import shared_context
 from supervisor.wire.http1 import framing_for
 
@@ -130,6 +131,7 @@ class StreamTransport(httpx.AsyncBaseTransport):
       the server's `Keep-Alive: timeout=` says so. 0 connections: no reuse.
     drain_s: how long `Exchange.aclose` may wait for the end of a body, in seconds.
     read_bytes: the most that one read of a socket returns.
+    shared_reader: whether one task reads the bodies of all exchanges that are pumped; None: where the platform can.
     proxy, trust_env: see `supervisor.upstream.proxy`. With an explicit proxy the environment is not looked at.
 
     Raises ConfigurationError naming the option for a value it cannot have.
@@ -146,6 +148,7 @@ class StreamTransport(httpx.AsyncBaseTransport):
         read_bytes: int = 64 << 10,
         proxy: str | None = None,
         trust_env: bool = True,
+        shared_reader: bool | None = None,
     ) -> None:
         for name, value, least in (
             ("max_head_bytes", max_head_bytes, 256),
@@ -166,6 +169,10 @@ class StreamTransport(httpx.AsyncBaseTransport):
         self._environment = EnvironmentProxies(os.environ) if trust_env and proxy is None else None
         self._pool = IdlePool(max_count=max_idle_connections, max_age_s=idle_s)
         self._counters = Counters()
+        if shared_reader and not shared_reading_works():
+            raise ConfigurationError("shared_reader", shared_reader, "False: this platform has no epoll")
+        wanted = shared_reading_works() if shared_reader is None else shared_reader
+        self._reader = SharedReader(read_bytes=read_bytes) if wanted else None
         self._closed = False
 
     def __repr__(self) -> str:
@@ -182,6 +189,8 @@ class StreamTransport(httpx.AsyncBaseTransport):
         """Close the idle connections and keep no more. Exchanges under way are left to their owners. Does not wait."""
         self._closed = True
         self._pool.close()
+        if self._reader is not None:
+            self._reader.retire()
 
     async def open(self, request: httpx.Request, *, on_sent: Callable[[], None] | None = None) -> Exchange:
         """Send a request and return the exchange once the response's head has arrived, whatever its status.
@@ -300,6 +309,7 @@ class StreamTransport(httpx.AsyncBaseTransport):
             release=self._release,
             counters=self._counters,
             label=f"{method} {connection.origin}",
+            reader=self._reader,
         )
 
     def _release(self, connection: Connection) -> None:
