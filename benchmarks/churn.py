@@ -75,7 +75,7 @@ async def ours_without_journal(base_url: str, run) -> None:
 async def httpx_trio(base_url: str, run) -> None:
     import httpx
 
-    async with consume.stock_client(httpx) as client:
+    async with consume.stock_client(httpx, consume.Target(base_url)) as client:
 
         async def stream(number: int, first: trio.Event) -> None:
             async with client.stream(
@@ -97,7 +97,7 @@ async def httpx_trio(base_url: str, run) -> None:
 async def httpx_asyncio(base_url: str, run) -> None:
     import httpx
 
-    async with consume.stock_client(httpx) as client:
+    async with consume.stock_client(httpx, consume.Target(base_url)) as client:
 
         async def stream(number: int, first: asyncio.Event) -> None:
             async with client.stream(

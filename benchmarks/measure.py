@@ -52,6 +52,7 @@ _PACKAGES = (
     "msgspec",
     "openai",
     "trio",
+    "uvloop",
 )
 
 
@@ -95,8 +96,10 @@ def machine() -> dict[str, Any]:
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
-def arguments(description: str, *, rounds: int) -> argparse.Namespace:
-    """Parse the options that every benchmark has."""
+def arguments(
+    description: str, *, rounds: int, parts: Mapping[str, Sequence[str]] | None = None
+) -> argparse.Namespace:
+    """Parse the options that every benchmark has; `parts` are options to run a part of it: all there are, by name."""
     parser = argparse.ArgumentParser(
         description=description.partition("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -108,10 +111,19 @@ def arguments(description: str, *, rounds: int) -> argparse.Namespace:
     parser.add_argument(
         "--only", metavar="NAME,…", default="", help="only contenders whose name contains one of these"
     )
+    for name, every in (parts or {}).items():
+        parser.add_argument(
+            f"--{name}", metavar="NAME,…", default=",".join(every), help="only these; default %(default)s"
+        )
     parser.add_argument("--worker", metavar="JSON", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.rounds = options.rounds or (1 if options.quick else rounds)
     options.only = [name for name in options.only.split(",") if name]
+    for name, every in (parts or {}).items():
+        chosen = getattr(options, name).split(",")
+        if unknown := set(chosen) - set(every):
+            parser.error(f"--{name} has no {', '.join(sorted(unknown))}; there is {', '.join(every)}")
+        setattr(options, name, chosen)
     return options
 
 

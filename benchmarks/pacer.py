@@ -4,12 +4,13 @@ The simulated upstream of `supervisor.testing` spends a task or two and ~100 µs
 it would be what is measured. This one sends prebuilt bytes, a few µs an event, and notices a close between any two slices
 of sends. It speaks just enough HTTP to be a streaming provider: POST anything, get an endless event stream, or GET
 `/report`. Of the request's JSON, `user` names the stream in the report, and `flood` (a number of events) has that many sent
-as fast as they are taken, followed by the end of the answer. No faults, no other routes.
+as fast as they are taken, followed by the end of the answer (an HTTP chunk for each, or with `bulk` for 256 at a time), and `stall` (likewise) makes it fall silent after so many. No
+faults, no other routes.
 
 A paced event has an HTTP chunk and a send of its own, at its own time: the streams' phases are drawn at random (the same in
 every run), as those of independent providers would be, and a `timerfd` wakes the loop to the microsecond where an
 `epoll_wait` would wait for whole milliseconds and then send everything that has come due at once. `--coarse` has it do
-that. In a flood one HTTP chunk has 256 events.
+that.
 
 `--tls` serves the same over TLS, with a certificate made for the occasion (trustme); the line printed has its authority.
 
@@ -80,7 +81,7 @@ class _Timer:
 
 
 class _Client:
-    __slots__ = ("at", "due", "flood", "key", "received", "rest", "shaking", "sock")
+    __slots__ = ("at", "bulk", "due", "flood", "key", "received", "rest", "shaking", "sock", "stall")
 
     def __init__(self, sock: socket.socket, *, shaking: bool) -> None:
         self.sock = sock
@@ -91,6 +92,9 @@ class _Client:
         self.at = 0
         self.flood = -1
         """Events that are still to be sent in a flood; -1 in a paced stream."""
+        self.bulk = False
+        self.stall = 0
+        """After how many events a paced stream falls silent; 0 for never."""
         self.rest: bytes | memoryview = b""
 
 
@@ -103,8 +107,7 @@ class Pacer:
         self.coarse = coarse
         events = [_event({"content": f"w{number} "}) for number in range(_EVENTS_A_WRITE)]
         self.blocks = [_chunk(event) for event in events]
-        self.events = events
-        self.piece = _chunk(b"".join(events))
+        self.pieces = {False: b"".join(self.blocks), True: _chunk(b"".join(events))}
         self.end = _chunk(_event({}, "stop") + b"data: [DONE]\n\n") + b"0\r\n\r\n"
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
         self.listener.setblocking(False)
@@ -194,6 +197,8 @@ class Pacer:
         self.streaming += 1
         client.rest = _HEAD
         client.flood = int(request.get("flood", -1))
+        client.bulk = bool(request.get("bulk", False))
+        client.stall = int(request.get("stall", 0))
         if client.flood >= 0:
             self.poll.modify(fd, select.EPOLLIN | select.EPOLLOUT)
             return
@@ -225,6 +230,8 @@ class Pacer:
         except OSError:
             self._gone(fd, client)
             return
+        if client.at == client.stall:
+            return
         next_due = max(due + self.interval, time.monotonic() - 1)
         self.order += 1
         client.due = self.order
@@ -241,9 +248,9 @@ class Pacer:
                 client.flood -= count
                 self.sent += count
                 if count == _EVENTS_A_WRITE:
-                    client.rest = memoryview(self.piece)
+                    client.rest = memoryview(self.pieces[client.bulk])
                 else:
-                    client.rest = (_chunk(b"".join(self.events[:count])) if count else b"") + self.end
+                    client.rest = b"".join(self.blocks[:count]) + self.end
                     client.flood = -1
             client.rest = client.rest[client.sock.send(client.rest) :]
         except _NOT_NOW:
@@ -315,7 +322,9 @@ def main() -> None:
     )
     parser.add_argument("--rate", type=float, required=True, help="events per second and stream")
     parser.add_argument("--tls", action="store_true", help="serve over TLS; needs trustme")
-    parser.add_argument("--coarse", action="store_true", help="wake in whole milliseconds, as epoll_wait does")
+    parser.add_argument(
+        "--coarse", action="store_true", help="wake in whole milliseconds, as epoll_wait does"
+    )
     options = parser.parse_args()
     measure.raise_descriptor_limit()
     context, ca_pem = None, None

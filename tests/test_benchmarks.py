@@ -32,9 +32,13 @@ def _run(script: str, tmp_path: Path) -> dict:
     [
         pytest.param(
             "consume.py",
-            {"flood: CPU per event", "paced: CPU per event"},
-            {"httpx raw", "ours", "ours, no journal", "ours, read", "raw trio"},
-            6,
+            {
+                f"{load}, {wire}: CPU per event"
+                for load in ("flood", "bulk", "paced")
+                for wire in ("plain", "TLS")
+            },
+            {"httpx", "httpx raw", "ours", "ours, SQLite", "ours, no journal", "ours, read", "raw trio"},
+            14,
             id="consume",
         ),
         pytest.param(
@@ -67,7 +71,11 @@ def _run(script: str, tmp_path: Path) -> dict:
         ),
         pytest.param(
             "memory.py",
-            {"memory per live stream, 1 event each", "memory per live stream, 100 events each"},
+            {
+                f"memory per live stream, {events} each, {wire}"
+                for events in ("1 event", "100 events")
+                for wire in ("plain", "TLS")
+            },
             {"httpx", "ours", "ours, no journal"},
             4,
             id="memory",
