@@ -235,11 +235,14 @@ class Output:
         """Whether somebody has asked for the stream to be stopped and lets the answer end by itself: make no new attempt."""
         return self._stream._stop is not None  # noqa: SLF001
 
-    def stop(self, fault: Fault) -> bool:
-        """Seal the stream by the stop that was asked for, as the upstream failed meanwhile. True if this decided its ending."""
+    def stop(self, fault: Fault | None) -> bool:
+        """Seal the stream by the stop that was asked for: the upstream failed meanwhile (`fault`), or was not asked.
+
+        True if this decided its ending.
+        """
         verdict = self._stream._stop  # noqa: SLF001
         assert verdict is not None, "only for a stream that is stopping"
-        return self._stream._seal(attrs.evolve(verdict, fault=fault))  # noqa: SLF001
+        return self._stream._seal(verdict if fault is None else attrs.evolve(verdict, fault=fault))  # noqa: SLF001
 
     @property
     def abandoned(self) -> bool:

@@ -130,6 +130,8 @@ class _Climb:
 
     async def run(self) -> None:
         out, ladder = self._out, self._ladder
+        if self._stopped(None):
+            return
         step = ladder.first(trio.current_time())
         while True:
             out.attempt(
@@ -142,29 +144,36 @@ class _Climb:
                 **step.details,
             )
             failure = await self._make(step)
-            if failure is None or out.sealed:
-                return
-            if out.stopping:
-                out.stop(failure.fault)
+            if failure is None or out.sealed or self._stopped(failure.fault):
                 return
             further = ladder.next(failure, self._standing(), trio.current_time())
             if further is None:
                 self._fail(ladder.last(failure))
                 return
             out.waiting()
-            await self._pause(further)
+            wanted = await self._pause(further)
+            if self._stopped(failure.fault) or not wanted:
+                return
             step = further
 
-    async def _pause(self, step: Step) -> None:
-        """Wait before an attempt. A trial of its circuit that it was let make is given back if it is not made."""
-        waited = False
+    def _stopped(self, fault: Fault | None) -> bool:
+        """End a stream that is being stopped, as no attempt is being made that could let its answer end. False if none was asked for."""
+        if not self._out.stopping:
+            return False
+        self._out.stop(fault)
+        return True
+
+    async def _pause(self, step: Step) -> bool:
+        """Wait before an attempt; say whether it is still to be made. If not, its circuit gets back the trial it may have given."""
+        wanted = False
         try:
             await trio.sleep(step.delay_s)
-            waited = True
+            wanted = not (self._out.sealed or self._out.stopping)
         finally:
             circuit = self._source._circuits(step.upstream.name)  # noqa: SLF001  # as above
-            if not waited and circuit is not None:
+            if not wanted and circuit is not None:
                 circuit.abandoned(trio.current_time())
+        return wanted
 
     async def _make(self, step: Step) -> Failure | None:
         source, circuit = self._source, self._source._circuits(step.upstream.name)  # noqa: SLF001  # as above

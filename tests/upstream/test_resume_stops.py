@@ -170,3 +170,66 @@ async def test_a_program_that_is_cancelled_and_has_closed_its_transport(
     assert (outcome.state, outcome.reason, outcome.actor) == ("cancelled", "shutdown", "parent")
     assert outcome.cleanup_error is not None
     assert "could not be told to stop: this transport was closed" in outcome.cleanup_error
+
+
+# --- what is no longer asked ---------------------------------------------------------------------------------------------
+
+
+class Circuit:
+    """A circuit that lets everything through, and keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def allows(self, now: float) -> bool:
+        self.told.append("allows")
+        return True
+
+    def state(self, now: float) -> str:
+        return "half_open"
+
+    def succeeded(self, now: float) -> None:
+        self.told.append("succeeded")
+
+    def failed(self, now: float) -> None:
+        self.told.append("failed")
+
+    def abandoned(self, now: float) -> None:
+        self.told.append("abandoned")
+
+
+async def test_a_drain_before_the_next_attempt(virtual: trio.testing.MockClock) -> None:
+    """The attempt that was being waited for is not made: there is no answer to be let end. Its circuit gets the trial back."""
+    one, circuit = Provider(lambda _: whole(503, b"{}")), Circuit()
+    async with providers(one), open_supervisor() as sup, StreamTransport(trust_env=False) as transport:
+        source = HttpSource(
+            Upstream(name="one", base_url=one.url),
+            {"model": "m"},
+            transport=transport,
+            retry=RetryPolicy(wait_initial_s=20, wait_max_s=20),
+            circuits=lambda _: circuit,
+            draw=lambda: 0.5,
+        )
+        stream = await sup.start(source)
+        await trio.sleep(2)
+        result = await stream.cancel(mode="drain", drain_s=60, wait_s=100)
+        outcome = await stream.wait()
+    assert result.outcome == "won"
+    assert (outcome.state, outcome.reason, outcome.attempts) == ("cancelled", "requested", 1)
+    assert outcome.fault is not None
+    assert outcome.fault.status == 503
+    assert len(one.asked) == 1
+    assert circuit.told == ["failed", "allows", "abandoned"]
+
+
+async def test_a_drain_before_the_first_attempt(virtual: trio.testing.MockClock) -> None:
+    """Nothing is asked for a stream that is stopped before it has begun, in whatever mode."""
+    one = Provider(lambda _: whole(200, b"data: [DONE]\n\n"))
+    async with providers(one), open_supervisor() as sup, StreamTransport(trust_env=False) as transport:
+        upstream = Upstream(name="one", base_url=one.url)
+        stream = await sup.start(HttpSource(upstream, {"model": "m"}, transport=transport))
+        result = await stream.cancel(mode="drain", wait_s=60)
+        outcome = await stream.wait()
+    assert result.outcome == "won"
+    assert (outcome.state, outcome.reason, outcome.attempts) == ("cancelled", "requested", 0)
+    assert (outcome.fault, one.asked) == (None, [])
