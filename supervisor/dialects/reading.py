@@ -9,7 +9,7 @@ How a body ends well or badly, in the order in which it is asked:
 |---|---|
 | an error from the provider: in an event, as a field named `error`, or as bare JSON between or instead of events | failed(`provider_error`) |
 | more unreadable events than allowed, or a line or event past its limit | failed(`protocol`) |
-| the dialect's end marker, or finish reasons for all choices seen and then the end of the body, however it came | completed |
+| the dialect's end marker, or finish reasons for all choices seen and then the end of the body, however it came | completed; but in a dialect without an end marker an event that was cut off may have had more of the answer: then it is none |
 | a whole JSON answer in place of a stream | completed, if it says that it ended |
 | the clean end of a body in which nothing is left open, for a dialect whose answers end so (`Endings.clean_end`) | completed(`done`) |
 | a cleanly ended body that is something else: HTML, plain text, other JSON | failed(`protocol`): it was never a stream of this dialect, so nothing of it was cut off |
@@ -140,6 +140,7 @@ class BodyReader:
         "_reader",
         "_seen_comments",
         "_sink",
+        "_torn",
         "events",
         "skipped",
         "terminal",
@@ -183,6 +184,7 @@ class BodyReader:
         self._max_unparseable = max_unparseable
         self._marked = False
         self._ended = False
+        self._torn = False
         self._event_id: str | None = None
         self._event_id_before = last_event_id
         self._seen_comments = 0
@@ -261,7 +263,7 @@ class BodyReader:
             return
         if (fault := self._fault_outside()) is not None:
             self._fail("provider_error", fault)
-        elif (reason := self._ending()) is not None:
+        elif (reason := self._ending()) is not None and (self._dialect.endings.markers or not self._torn):
             self._sink.complete(reason)
         elif clean and whole and self.events and self._dialect.endings.clean_end:
             self._sink.complete("done")
@@ -315,10 +317,15 @@ class BodyReader:
             whole = clean or value[:1] in {b"{", b"[", b'"'}
             if value and whole and not _in_array(decoder) and _is_json(value):
                 self.feed(b"\n")
+            else:
+                self._torn = value[:1] in {b"{", b"[", b'"'}
             return not decoder.open
         left = decoder.buffered_bytes
+        comment = len(decoder.pending) if decoder.pending.startswith(b":") else 0
         if clean:
             self._read_last_block(decoder)
+        else:
+            self._torn = left > comment
         return not left
 
     def _read_last_block(self, decoder: _Decoder) -> None:
@@ -334,10 +341,13 @@ class BodyReader:
             try:
                 meant = self._dialect.reader().read(event.data, event.event)
             except UnparseableError:
+                self._torn = True
                 continue
             if any(delta.fault is not None or delta.terminal or self._ends(delta) for delta in meant):
                 self._head = None
                 self._take([event])
+            elif any(delta.text or delta.reasoning or delta.tool_calls for delta in meant):
+                self._torn = True
 
     def _ends(self, delta: Delta) -> bool:
         """Whether this finish reason is all that a dialect without an end marker says of its ending."""

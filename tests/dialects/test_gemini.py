@@ -283,6 +283,27 @@ def test_any_finish_reason_ends(reason: str, clean: bool) -> None:
     assert (sink.ending, sink.snapshot.usage) == (("completed", reason), Usage(1, 2))
 
 
+@pytest.mark.parametrize("dialect", [GEMINI, GEMINI_JSONARRAY])
+@pytest.mark.parametrize("clean", [True, False])
+def test_an_event_that_was_cut_off_undoes_the_finish_reason(dialect: Dialect, clean: bool) -> None:
+    """Where STOP comes with each chunk it ends nothing: what was begun after it shows that there was more of the answer."""
+    one, two = (json.dumps(chunk({"text": text}, finish="STOP")) for text in "ab")
+    for cut in (1, len(two) // 2, len(two) - 1):
+        body = f"data: {one}\n\ndata: {two[:cut]}" if dialect is GEMINI else f"[{one}\n,\r\n{two[:cut]}"
+        sink = read(dialect, body.encode(), clean=clean)
+        assert (sink.snapshot.text, sink.ending) == ("a", ("failed", "truncated"))
+    for body in (f"data: {one}\n\n: ali", f"data: {one}\n\n", f"{one}\n", f"[{one}"):
+        assert read(dialect, body.encode(), clean=clean).ending == ("completed", "STOP")
+    if dialect is GEMINI:
+        more = event(chunk({"text": "b"}))
+        assert read(GEMINI, f"data: {one}\n\n".encode(), more.rstrip(), clean=clean).ending == (
+            "failed",
+            "truncated",
+        )
+        usage = event({"usageMetadata": {"promptTokenCount": 1}})
+        assert read(GEMINI, f"data: {one}\n\n".encode(), usage.rstrip()).ending == ("completed", "STOP")
+
+
 @pytest.mark.parametrize("reason", [None, "", "FINISH_REASON_UNSPECIFIED", 0])
 def test_no_finish_reason_is_a_truncation(reason: Any) -> None:
     """Without a reason, or with the one that says none, the body's end cut the answer off."""
