@@ -118,6 +118,7 @@ class Ladder:
         "_breakers",
         "_burned",
         "_draw",
+        "_given_up",
         "_here",
         "_lost",
         "_made",
@@ -152,6 +153,9 @@ class Ladder:
         """Failures in a row at this upstream, on which the backoff goes by."""
         self._rung: Rung | None = None
         self._burned: set[str] = set()
+        self._given_up = False
+        """Whether a request that does not go on with the standing answer's response was made since. What would read that response
+        further is gone with it: it would take what the provider tells again for news."""
         self._lost: Failure | None = None
         """The failure that broke the answer off: what is told if no attempt to go on comes to anything."""
         self.passed_over: dict[str, str] = {}
@@ -205,6 +209,7 @@ class Ladder:
         if failure.began or not at.begun:
             self._lost = failure if at.begun else None
             self._owner = self._here
+            self._given_up = False
         elif not failure.again and self._rung is not None:
             self._burned.add(self._rung)
         if self._made >= self._policy.attempts:
@@ -215,6 +220,7 @@ class Ladder:
             return None
         self._made += 1
         self._rung = step.rung
+        self._given_up = self._given_up or step.rung != "sequence"
         cause = f"{failure.reason}: {failure.fault.message}"[:_CAUSE_CHARS]
         details: dict[str, Any] = dict(step.details)
         if at.begun and step.rung in ("sequence", "continuation"):
@@ -296,6 +302,8 @@ class Ladder:
             return "the policy does not name it"
         if self._here != self._owner:
             return "another upstream began this answer"
+        if self._given_up:
+            return "the answer was given up for another"
         asking = self._upstream.dialect.asking
         if asking.resume is None:
             return f"{self._upstream.dialect.name} has no way to ask for the rest of an answer"

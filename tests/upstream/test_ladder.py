@@ -222,6 +222,17 @@ def test_a_provider_that_ends_the_answer_itself_has_no_rest() -> None:
     assert rung(step) == "continuation"
 
 
+def test_a_response_that_was_given_up_is_not_gone_back_to() -> None:
+    """Once the question was asked again, the rest of the first response is nothing that anybody could still read."""
+    climb = ladder("sequence", "restart", attempts=10)
+    first = climb.next(attrs.evolve(CUT, reason="provider_error"), standing(), 0.0)
+    second = climb.next(REFUSED, standing(), 0.0)
+    assert [rung(first), rung(second)] == ["restart", "restart"]
+    assert second is not None
+    assert second.details["passed_over"]["sequence"] == "the answer was given up for another"
+    assert rung(climb.next(CUT, standing(), 0.0)) == "sequence"  # of the new one
+
+
 # --- fallbacks -------------------------------------------------------------------------------------------------------
 
 
