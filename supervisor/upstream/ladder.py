@@ -251,6 +251,9 @@ class Ladder:
             if isinstance(decided, str):
                 self.passed_over[rung] = decided
                 continue
+            if decided.rung in self._burned:  # a continuation of nothing is a restart
+                self.passed_over[rung] = f"it would be a {decided.rung}, which was refused before"
+                continue
             chosen = decided
             break
         if chosen is None or chosen.rung is None:

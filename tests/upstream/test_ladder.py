@@ -173,6 +173,16 @@ def test_to_go_on_from_nothing_is_to_ask_again() -> None:
     assert ladder("sequence", request=b"{}").next(CUT, standing(""), 0.0) is None
 
 
+def test_to_go_on_from_nothing_is_refused_like_a_restart() -> None:
+    """Asked once in vain, it is not asked again under either name."""
+    climb = ladder("continuation", "restart", attempts=10)
+    nothing = standing(answer={"text": " "})
+    assert rung(climb.next(CUT, nothing, 0.0)) == "restart"
+    assert climb.next(LOST, nothing, 0.0) is None
+    assert climb.passed_over["continuation"] == "it would be a restart, which was refused before"
+    assert climb.passed_over["restart"] == "it was refused before"
+
+
 def test_several_choices_cannot_be_continued() -> None:
     """There is no request for the rest of two answers."""
     both = standing().answer.choices * 2
