@@ -1,4 +1,4 @@
-"""From cancel to the upstream seeing the close, with 1, 100 and 1000 live paced streams.
+"""From cancel to the upstream seeing the close, with 1, 100 and 1000 live paced streams, plain and over TLS; and cancelling all.
 
 One stream is cancelled at a time, while all the others go on being consumed. What is measured is when the upstream's own
 socket saw the end, minus when the cancel was called; both are read from the machine's one monotonic clock. It holds
@@ -7,6 +7,13 @@ everything: the call, the loop getting round to it, unwinding the task, the clos
 - `ours`: `await stream.cancel()` on the whole supervisor, with an HttpSource and a MemoryStore.
 - `httpx`: stock httpx on trio, one AsyncClient shared by all, `aiter_raw`; the stream's own cancel scope is cancelled.
 - `httpx, asyncio`: the same on asyncio; `task.cancel()`.
+
+Then all of 10,000 streams are cancelled by one call. What matters there is the others who use the event loop: the figure is
+the longest stall, the longest time that the loop went without looking at its sockets and deadlines, seen by an instrument
+(`trio.abc.Instrument`) from the call to the last outcome; and how long it all took, up to the last close at the upstream.
+
+- `ours`: `supervisor.cancel(all_streams=True)`, MemoryStore; `ours, SQLite`: the same with a SQLiteStore.
+- `raw trio`: a task per stream that reads its socket and does nothing else, in one nursery, whose cancel scope is cancelled.
 
 Stock httpx may be unable to open, or to keep up with, 1000 streams. Starting is given a bounded time, and the results say
 how many streams were live, which share of the events sent was taken, and how busy the process was.
@@ -19,17 +26,20 @@ import gc
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import consume
 import measure
 import pacer
 import trio
 
 SCRIPT = __file__
 CONTENDERS = ("httpx", "httpx, asyncio", "ours")
+OF_ALL = ("raw trio", "ours", "ours, SQLite")
 ROUNDS = 3
 GAP_S = 0.02
 """Between two cancels."""
@@ -74,10 +84,10 @@ class Measured:
         step = max(1, len(live) // self.cancels)
         return live[::step][: self.cancels]
 
-    def result(self, base_url: str) -> dict[str, Any]:
+    def result(self, upstream: dict[str, Any]) -> dict[str, Any]:
         give_up = time.monotonic() + 20
         while True:
-            closed = pacer.report(base_url)["closed"]
+            closed = pacer.report(upstream["base_url"], upstream["ca_pem"])["closed"]
             if all(str(number) in closed for number in self.cancelled) or time.monotonic() > give_up:
                 break
             time.sleep(0.1)
@@ -120,13 +130,12 @@ async def _drive(measured: Measured, start, cancel) -> None:
     measured.end()
 
 
-async def ours(measured: Measured, base_url: str) -> None:
+async def ours(measured: Measured, target: consume.Target) -> None:
     from supervisor import open_supervisor
     from supervisor.upstream.catalog import Upstream
-    from supervisor.upstream.transport import StreamTransport
 
-    transport = StreamTransport(trust_env=False)
-    upstream = Upstream(name="pacer", base_url=base_url)
+    transport = target.transport()
+    upstream = Upstream(name="pacer", base_url=target.base_url)
     streams: dict[int, Any] = {}
 
     async with open_supervisor() as sup:
@@ -146,27 +155,24 @@ async def ours(measured: Measured, base_url: str) -> None:
         await sup.shutdown()
 
 
-def _client():
-    import httpx
-
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
-    return httpx.AsyncClient(limits=limits, timeout=None, trust_env=False)
-
-
-async def _consume(client, base_url: str, measured: Measured, number: int) -> None:
-    async with client.stream("POST", f"{base_url}/chat/completions", content=_body(number)) as response:
+async def _consume(client, target: consume.Target, measured: Measured, number: int) -> None:
+    async with client.stream(
+        "POST", f"{target.base_url}/chat/completions", content=_body(number)
+    ) as response:
         async for data in response.aiter_raw():
             measured.events += data.count(b"data: ")
             measured.live.add(number)
 
 
-async def httpx_trio(measured: Measured, base_url: str) -> None:
+async def httpx_trio(measured: Measured, target: consume.Target) -> None:
+    import httpx
+
     scopes: dict[int, trio.CancelScope] = {}
-    async with _client() as client, trio.open_nursery() as nursery:
+    async with consume.stock_client(httpx, target) as client, trio.open_nursery() as nursery:
 
         async def task(number: int) -> None:
             with scopes[number]:
-                await _consume(client, base_url, measured, number)
+                await _consume(client, target, measured, number)
 
         async def start(number: int) -> None:
             scopes[number] = trio.CancelScope()
@@ -179,14 +185,16 @@ async def httpx_trio(measured: Measured, base_url: str) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def httpx_asyncio(measured: Measured, base_url: str) -> None:
+async def httpx_asyncio(measured: Measured, target: consume.Target) -> None:
+    import httpx
+
     tasks: dict[int, asyncio.Task[None]] = {}
-    async with _client() as client:
+    async with consume.stock_client(httpx, target) as client:
         give_up = time.monotonic() + measured.given["start_s"]
         for number in range(measured.streams):
             if time.monotonic() > give_up:
                 break
-            tasks[number] = asyncio.create_task(_consume(client, base_url, measured, number))
+            tasks[number] = asyncio.create_task(_consume(client, target, measured, number))
             await asyncio.sleep(0)
             while number - len(measured.live) > 32 and time.monotonic() < give_up:  # noqa: ASYNC110 (polled as trio's are)
                 await asyncio.sleep(0.001)
@@ -226,25 +234,33 @@ class FullCollections:
         return sum(0 <= begun - at < 0.05 for at in measured.cancelled.values() for begun, _ in self.spans)
 
 
+def pacing(rate: float, wire: str):
+    """Run a pacer."""
+    program = str(Path(SCRIPT).with_name("pacer.py"))
+    return measure.program(program, "--rate", str(rate), *(["--tls"] if wire == "TLS" else []))
+
+
 def worker(given: dict[str, Any]) -> dict[str, Any]:
+    if given["all"]:
+        return cancel_all(given)
     measure.raise_descriptor_limit()
     collections, hit = FullCollections(), 0
     results: list[dict[str, Any]] = []
-    with measure.program(str(Path(SCRIPT).with_name("pacer.py")), "--rate", str(given["rate"])) as upstream:
-        base_url = upstream["base_url"]
+    with pacing(given["rate"], given["wire"]) as upstream:
+        target = consume.Target(upstream["base_url"], ca_pem=upstream["ca_pem"])
         for repeat in range(given["repeats"]):
             measured = Measured(given)
             match given["contender"]:
                 case "ours":
-                    trio.run(ours, measured, base_url)
+                    trio.run(ours, measured, target)
                 case "httpx":
-                    trio.run(httpx_trio, measured, base_url)
+                    trio.run(httpx_trio, measured, target)
                 case _:
-                    asyncio.run(httpx_asyncio(measured, base_url))
+                    asyncio.run(httpx_asyncio(measured, target))
             if repeat or given["repeats"] == 1:  # the first of several warms up
-                results.append(measured.result(base_url))
+                results.append(measured.result(upstream))
                 hit += collections.hit(measured)
-        seen = pacer.report(base_url)
+        seen = pacer.report(target.base_url, target.ca_pem)
     return {
         "ms": [value for result in results for value in result["ms"]],
         "unseen": sum(result["unseen"] for result in results),
@@ -258,71 +274,247 @@ def worker(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+# --- all at once -----------------------------------------------------------------------------------------------------
+
+
+class Stalls(trio.abc.Instrument):
+    """The longest time from one return of the loop's wait for its sockets to the next call of it, while `watching`."""
+
+    def __init__(self) -> None:
+        self.watching = False
+        self.returned = time.perf_counter()
+        self.longest_s = 0.0
+
+    def after_io_wait(self, timeout: float) -> None:  # noqa: ARG002 (trio's signature)
+        self.returned = time.perf_counter()
+
+    def before_io_wait(self, timeout: float) -> None:  # noqa: ARG002 (trio's signature)
+        if self.watching:
+            self.longest_s = max(self.longest_s, time.perf_counter() - self.returned)
+
+
+async def _start_all(start: Callable[[int], Any], live: Callable[[int], bool], streams: int, start_s: float):
+    """Start streams, a few at a time; return how many came to life."""
+    alive, waiting = 0, list[int]()
+    give_up = trio.current_time() + start_s
+    for number in range(streams):
+        await start(number)
+        waiting.append(number)
+        while len(waiting) > (32 if number < streams - 1 else 0) and trio.current_time() < give_up:
+            await trio.sleep(0.001)
+            still = [n for n in waiting if not live(n)]
+            alive, waiting = alive + len(waiting) - len(still), still
+    return alive
+
+
+async def _all_of_ours(given: dict[str, Any], target: consume.Target, stalls: Stalls) -> dict[str, float]:
+    from supervisor import Limits, SQLiteStore, open_supervisor
+    from supervisor.upstream.catalog import Upstream
+
+    transport = target.transport()
+    upstream = Upstream(name="pacer", base_url=target.base_url)
+    count = given["streams"]
+    streams: list[Any] = []
+    with tempfile.TemporaryDirectory() as directory:
+        store = SQLiteStore(Path(directory) / "streams.db") if "SQLite" in given["contender"] else None
+        async with open_supervisor(store=store, limits=Limits(max_live=count)) as sup:
+
+            async def start(number: int) -> None:
+                streams.append(await sup.start(upstream.source(_body(number), transport=transport)))
+
+            alive = await _start_all(start, lambda n: streams[n].tail_seq > 1, count, given["start_s"])
+            await trio.sleep(given["settle_s"])
+            at = time.monotonic()
+            stalls.watching = True
+            results = await sup.cancel(all_streams=True, wait_s=60)
+            settled_s = time.monotonic() - at
+            await trio.sleep(0.2)  # what comes after the answer stalls the loop as well
+            stalls.watching = False
+            assert all(result.outcome == "won" for result in results), results
+            await sup.shutdown()
+    return {"at": at, "settled_s": settled_s, "live": alive}
+
+
+async def _all_of_raw_trio(given: dict[str, Any], target: consume.Target, stalls: Stalls) -> dict[str, float]:
+    tally = consume.Tally(streams=given["streams"])
+    told: dict[str, float] = {}
+
+    async def load(consume_one: consume.Consume) -> None:
+        async with trio.open_nursery() as nursery:
+
+            async def start(number: int) -> None:
+                nursery.start_soon(consume_one, number)
+
+            told["live"] = await _start_all(
+                start, lambda n: tally.live > n, given["streams"], given["start_s"]
+            )
+            await trio.sleep(given["settle_s"])
+            told["at"] = time.monotonic()
+            stalls.watching = True
+            nursery.cancel_scope.cancel()
+        told["settled_s"] = time.monotonic() - told["at"]
+        await trio.sleep(0.2)
+        stalls.watching = False
+
+    await consume.raw_trio(target, tally, load)
+    return told
+
+
+def cancel_all(given: dict[str, Any]) -> dict[str, Any]:
+    collections, stalls = FullCollections(), Stalls()
+    measure.raise_descriptor_limit(given["streams"] + 1024)
+    with pacing(given["rate"], given["wire"]) as upstream:
+        target = consume.Target(upstream["base_url"], ca_pem=upstream["ca_pem"])
+        run = _all_of_raw_trio if given["contender"] == "raw trio" else _all_of_ours
+        told = trio.run(run, given, target, stalls, instruments=[stalls])
+        give_up = time.monotonic() + 30
+        while (seen := pacer.report(target.base_url, target.ca_pem))[
+            "streaming"
+        ] and time.monotonic() < give_up:
+            time.sleep(0.1)
+    spans = [ended - begun for begun, ended in collections.spans if begun >= told["at"]]
+    return {
+        "stall_ms": 1e3 * stalls.longest_s,
+        "settled_ms": 1e3 * told["settled_s"],
+        "closed_ms": 1e3 * (max(seen["closed"].values()) - told["at"]),
+        "unseen": seen["streaming"],
+        "live": told["live"],
+        "collection_ms": 1e3 * max(spans, default=0.0),
+    }
+
+
+def _report_of_all(report: measure.Report, title: str, results: dict[str, list[dict[str, Any]]]) -> None:
+    def collected(runs: list[dict[str, Any]]) -> str:
+        longest = max(r["collection_ms"] for r in runs)
+        return f", a full garbage collection of up to {longest:.0f} ms among it" if longest else ""
+
+    remarks = {
+        name: f"{min(r['live'] for r in runs)} live{collected(runs)}"
+        + (f", {lost} not seen to close" if (lost := sum(r["unseen"] for r in runs)) else "")
+        for name, runs in results.items()
+    }
+    for what, field in (
+        ("longest stall of the event loop", "stall_ms"),
+        ("to the last outcome", "settled_ms"),
+        ("to the last close upstream", "closed_ms"),
+    ):
+        report.table(
+            f"{title}: {what}",
+            "ms",
+            {name: [r[field] for r in runs] for name, runs in results.items()},
+            baseline="raw trio",
+            remarks=remarks if field == "stall_ms" else None,
+        )
+
+
 def main() -> None:
-    options = measure.arguments(__doc__ or "", rounds=ROUNDS)
+    options = measure.arguments(
+        __doc__ or "", rounds=ROUNDS, parts={"part": ("one", "all"), "wire": consume.WIRES}
+    )
     if options.worker:
         print(json.dumps(worker(json.loads(options.worker))))
         return
     quick = options.quick
-    # streams, events/s of each, cancels of a round, repeats in one process
-    loads = [(1, 50, 1, 4), (20, 50, 10, 1)] if quick else [
-        (1, 50, 1, 41), (100, 50, 50, 1), (1000, 10, 100, 1), (1000, 50, 100, 1),
+    # streams, events/s of each, cancels of a round, repeats in one process, wire
+    loads = [(1, 50, 1, 4, "plain"), (20, 50, 10, 1, "plain"), (20, 50, 10, 1, "TLS")] if quick else [
+        (1, 50, 1, 41, "plain"), (100, 50, 50, 1, "plain"), (1000, 10, 100, 1, "plain"),
+        (1000, 50, 100, 1, "plain"), (1000, 50, 100, 1, "TLS"),
     ]  # fmt: skip
-    report = measure.Report("cancel", quick, {"rounds": options.rounds, "loads": loads, "gap_s": GAP_S})
-    tails: dict[tuple[int, int], float] = {}
-    for streams, rate, cancels, repeats in loads:
-
-        def run(name: str, streams=streams, rate=rate, cancels=cancels, repeats=repeats) -> dict[str, Any]:
-            given = {
-                "contender": name,
-                "streams": streams,
-                "rate": rate,
-                "cancels": cancels,
-                "repeats": repeats,
-                "start_s": 10 if quick else 60,
-                "settle_s": 0.2 if streams == 1 or quick else 2.0,
-            }
-            return measure.run_worker(SCRIPT, given, timeout_s=300)
-
-        results = measure.in_turn(CONTENDERS, options.rounds, run, only=options.only)
-        title = f"{streams} live at {rate} events/s"
-        remarks = {
-            name: (
-                f"live {min(r['live'] for r in runs)}, took {statistics.mean(r['rate'] for r in runs):.1f} events/s "
-                f"each, {100 * statistics.mean(r['busy'] for r in runs):.0f}% of a core, "
-                f"{sum(len(r['ms']) for r in runs)} cancels"
-                + (
-                    f", {hit} of them beside a full garbage collection of up to "
-                    f"{max(r['longest_collection_ms'] for r in runs):.0f} ms"
-                    if (hit := sum(r["collected"] for r in runs))
-                    else ""
-                )
-                + (f", {lost} not seen to close" if (lost := sum(r["unseen"] for r in runs)) else "")
-            )
-            for name, runs in results.items()
+    loads = [load for load in loads if "one" in options.part and load[-1] in options.wire]
+    wanted = 200 if quick else 10_000
+    # The worker and its upstream have a descriptor per stream each, and a few besides.
+    room = measure.raise_descriptor_limit(wanted + 1024) - 512
+    whole = min(wanted, room)
+    report = measure.Report(
+        "cancel", quick, {"rounds": options.rounds, "loads": loads, "gap_s": GAP_S, "all": whole}
+    )
+    tails: dict[tuple[int, int, str], float] = {}
+    for streams, rate, cancels, repeats, wire in loads:
+        given = {
+            "all": False,
+            "streams": streams,
+            "rate": rate,
+            "wire": wire,
+            "cancels": cancels,
+            "repeats": repeats,
+            "start_s": 10 if quick else 60,
+            "settle_s": 0.2 if streams == 1 or quick else 2.0,
         }
-        for label, percent in (("p50", 50), ("p99", 99)):
-            report.table(
-                f"{title}: cancel to close, {label}",
-                "ms",
-                {
-                    name: [measure.percentile(r["ms"], percent) for r in runs if r["ms"]]
-                    for name, runs in results.items()
-                },
-                baseline="httpx",
-                remarks=remarks if label == "p99" else None,
-            )
-        if "ours" in results:
-            tails[streams, rate] = measure.percentile([ms for r in results["ours"] for ms in r["ms"]], 99)
-    print()
-    for streams, rate, *_ in loads:
-        report.aim(
-            f"cancel p99 at {streams} live streams of {rate} events/s at most 10 ms (all rounds pooled)",
-            tails.get((streams, rate)),
-            most=10,
+        results = _in_turn(CONTENDERS, options, given)
+        tails[streams, rate, wire] = _report_of_one(
+            report, f"{streams} live at {rate} events/s, {wire}", results
         )
+    for wire in options.wire if "all" in options.part else ():
+        given = {
+            "all": True,
+            "streams": whole,
+            "rate": 1,
+            "wire": wire,
+            "start_s": 10 if quick else 120,
+            "settle_s": 0.2 if quick else 2.0,
+        }
+        _report_of_all(report, f"all of {whole}, {wire}", _in_turn(OF_ALL, options, given))
+    print()
+    for (streams, rate, wire), tail in tails.items():
+        most = 4 if (streams, rate) == (1000, 50) else 10
+        report.aim(
+            f"cancel p99 at {streams} live streams of {rate} events/s, {wire}, at most {most} ms (all rounds pooled)",
+            tail,
+            most=most,
+        )
+    for wire in options.wire if "all" in options.part else ():
+        title = f"all of {whole}, {wire}: longest stall of the event loop"
+        report.aim(f"{title} at most 50 ms", report.median(title, "ours"), most=50)
     report.note("p50 and p99 are of a round; the spread is over rounds.")
+    if whole < wanted:
+        report.note(
+            f"The limit of open files could not be raised far enough for {wanted} streams: {whole} were cancelled."
+        )
     report.write(options.json)
+
+
+def _in_turn(
+    contenders: tuple[str, ...], options: Any, given: dict[str, Any]
+) -> dict[str, list[dict[str, Any]]]:
+    def run(name: str) -> dict[str, Any]:
+        return measure.run_worker(SCRIPT, given | {"contender": name}, timeout_s=400)
+
+    return measure.in_turn(contenders, options.rounds, run, only=options.only)
+
+
+def _report_of_one(
+    report: measure.Report, title: str, results: dict[str, list[dict[str, Any]]]
+) -> float | None:
+    """Add the tables; return the p99 of ours, all rounds pooled."""
+    remarks = {
+        name: (
+            f"live {min(r['live'] for r in runs)}, took {statistics.mean(r['rate'] for r in runs):.1f} events/s "
+            f"each, {100 * statistics.mean(r['busy'] for r in runs):.0f}% of a core, "
+            f"{sum(len(r['ms']) for r in runs)} cancels"
+            + (
+                f", {hit} of them beside a full garbage collection of up to "
+                f"{max(r['longest_collection_ms'] for r in runs):.0f} ms"
+                if (hit := sum(r["collected"] for r in runs))
+                else ""
+            )
+            + (f", {lost} not seen to close" if (lost := sum(r["unseen"] for r in runs)) else "")
+        )
+        for name, runs in results.items()
+    }
+    for label, percent in (("p50", 50), ("p99", 99)):
+        report.table(
+            f"{title}: cancel to close, {label}",
+            "ms",
+            {
+                name: [measure.percentile(r["ms"], percent) for r in runs if r["ms"]]
+                for name, runs in results.items()
+            },
+            baseline="httpx",
+            remarks=remarks if label == "p99" else None,
+        )
+    if "ours" not in results:
+        return None
+    return measure.percentile([ms for r in results["ours"] for ms in r["ms"]], 99)
 
 
 if __name__ == "__main__":

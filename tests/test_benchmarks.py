@@ -60,13 +60,25 @@ def _run(script: str, tmp_path: Path) -> dict:
         pytest.param(
             "cancel.py",
             {
-                "1 live at 50 events/s: cancel to close, p50",
-                "1 live at 50 events/s: cancel to close, p99",
-                "20 live at 50 events/s: cancel to close, p50",
-                "20 live at 50 events/s: cancel to close, p99",
+                f"{load}: cancel to close, {share}"
+                for load in (
+                    "1 live at 50 events/s, plain",
+                    "20 live at 50 events/s, plain",
+                    "20 live at 50 events/s, TLS",
+                )
+                for share in ("p50", "p99")
+            }
+            | {
+                f"all of 200, {wire}: {what}"
+                for wire in ("plain", "TLS")
+                for what in (
+                    "longest stall of the event loop",
+                    "to the last outcome",
+                    "to the last close upstream",
+                )
             },
-            {"httpx", "httpx, asyncio", "ours"},
-            2,
+            {"ours"},
+            5,
             id="cancel",
         ),
         pytest.param(
