@@ -8,7 +8,8 @@ one at the end, so what was received since the last figure (since the stop, if t
     spent = last figure stated since the stop - output at the stop + estimate of what came after that figure
 
 The output at the stop is the last figure before it, or, as that may be an old one, the share of the first figure after it that the
-answer's length at the stop has in its length now, whichever is more.
+answer's length at the stop has in its length now, whichever is more. Where another answer takes the place of the one that there was
+at the stop, all of it came after the stop.
 
 The check runs once per read of a stream that has such a budget, and on no other. It looks at the number of bytes that the
 fold holds, which grows at least as fast as the answer (but for a call's id that is replaced by a shorter one, a few bytes of an

@@ -19,6 +19,7 @@ from supervisor.dialects import Delta, Fault, Snapshot, Usage
 from supervisor.dialects.native import encode
 from supervisor.errors import ConfigurationError
 from supervisor.streams.attempts import AttemptRecord, Rung, Withdrawal, climb
+from supervisor.streams.bill import TokenBudget
 from supervisor.streams.lifecycle import State, Verdict
 
 if TYPE_CHECKING:
@@ -155,6 +156,9 @@ class Output:
         journal.add(time.time(), "withdrawn", msgspec.json.encode(told))
         self._withdraws = False
         self._climb(told)
+        stream = self._stream
+        if stream._budget is not None:  # noqa: SLF001  # all that the fold holds from now on comes after the stop
+            stream._budget = TokenBudget(stream._budget.limit, self._fold)  # noqa: SLF001
 
     def _climb(self, record: AttemptRecord | Withdrawal) -> None:
         climb(self._fold, record)

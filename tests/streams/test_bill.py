@@ -276,6 +276,33 @@ async def test_an_end_that_is_taken_back_takes_tokens_again(autojump_clock):
     assert (stream.outcome.state, stream.outcome.events) == (State.CANCELLED, 2)
 
 
+@pytest.mark.parametrize("stated", [True, False])
+async def test_an_answer_that_takes_the_place_of_another_is_counted_from_its_beginning(
+    stated, autojump_clock
+):
+    """The stop came while a restart was waited for: the length of what that withdrew is no credit to it."""
+
+    def word(number: int) -> Delta:
+        return Delta(text="abcd", usage=Usage(output=number) if stated else None)
+
+    async def source(out) -> None:
+        out.attempt(1)
+        for number in range(50):
+            put(out, word(number + 1))
+        out.attempt(2, rung="restart")
+        for number in range(100):
+            await trio.sleep(1)
+            put(out, word(number + 1))
+        out.complete("stop")
+
+    async with open_supervisor() as sup:
+        stream = await sup.start(source)
+        await trio.sleep(0.5)
+        await stream.cancel(mode="drain", drain_s=1000, drain_tokens=3, wait_s=200)
+
+    assert (stream.outcome.state, stream.outcome.epoch, stream.outcome.events) == (State.CANCELLED, 3, 53)
+
+
 @pytest.mark.parametrize("budget", [{"drain_tokens": 0}, {"drain_s": 0}])
 async def test_no_budget_is_an_abort(budget, autojump_clock):
     """Nothing more may come: the stream ends before it gets another event."""
