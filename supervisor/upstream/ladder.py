@@ -210,7 +210,7 @@ class Ladder:
             self._lost = failure if at.begun else None
             self._owner = self._here
             self._given_up = False
-        elif not failure.again and self._rung is not None:
+        if not (failure.began or failure.again) and self._rung is not None:
             self._burned.add(self._rung)
         if self._made >= self._policy.attempts:
             self.passed_over["attempts"] = f"all {self._policy.attempts} are made"

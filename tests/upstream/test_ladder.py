@@ -142,6 +142,18 @@ def test_a_refused_rung_is_not_tried_again_and_the_next_is_climbed() -> None:
     assert climb.next(BAD, standing(), 0.0) is None
 
 
+def test_a_refused_rung_is_not_tried_again_before_the_first_event_either() -> None:
+    """An event stream that has sent an id, and no event, is asked for the rest; if it refuses, once."""
+    climb = ladder("sequence", attempts=10, others=("two",))
+    at = attrs.evolve(NOTHING, last_event_id="7")
+    assert rung(climb.next(attrs.evolve(CUT, began=False), at, 0.0)) == "sequence"
+    assert rung(climb.next(REFUSED, at, 0.0)) == "sequence"
+    step = climb.next(LOST, at, 0.0)
+    assert rung(step) == "fallback"
+    assert step is not None
+    assert step.details["passed_over"]["sequence"] == "it was refused before"
+
+
 def test_a_rung_that_failed_for_a_while_is_tried_again() -> None:
     """A refused connection says nothing of the rung."""
     climb = ladder(*EVERY)
