@@ -184,6 +184,8 @@ class _Climb:
             if circuit is not None:
                 circuit.succeeded(trio.current_time())
 
+        if step.rung == "fallback":
+            self._retry_ms = None  # another event stream's
         self._attempt = attempt = Attempt(
             self._out,
             step.upstream,
@@ -207,6 +209,8 @@ class _Climb:
         if attempt.body is not None:
             self._last_event_id = attempt.body.last_event_id
             self._retry_ms = attempt.body.retry_ms if attempt.body.retry_ms is not None else self._retry_ms
+        elif not goes_on:
+            self._last_event_id = ""  # it was of a stream that this attempt did not go on with
         return failure
 
     def _standing(self) -> Standing:

@@ -223,3 +223,42 @@ async def test_the_simulated_endpoint_drops_at_each_event(at: int, virtual: trio
         if outcome.attempts == 2:
             assert up.requests[1].header("last-event-id") == str(at)
             assert up.ledger[1].resumed_after == at
+
+
+async def test_an_upstream_is_not_asked_by_anothers_event_id(virtual: trio.testing.MockClock) -> None:
+    """What a fallback has sent is its own to number: it is asked from its beginning, however often, in its own time."""
+    asked: dict[str, list[tuple[float, str | None]]] = {"one": [], "two": []}
+
+    def handler(name: str, *answers: bytes) -> Any:
+        async def handle(peer: Peer) -> None:
+            head, _ = await peer.request()
+            named = [line for line in head.decode().split("\r\n") if line.startswith("Last-Event-ID:")]
+            asked[name].append((trio.current_time(), named[0] if named else None))
+            await peer.send(answers[len(asked[name]) - 1])
+
+        return handle
+
+    dead = b"HTTP/1.1 %d X\r\nContent-Length: 0\r\n\r\n"
+    stream = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+    async with trio.open_nursery() as nursery:
+        one = await serve(nursery, handler("one", stream + b"retry: 30000\nid: 5\n\n", dead % 404))
+        two = await serve(nursery, handler("two", dead % 503, stream + b"data: hi\n\ndata: [DONE]\n\n"))
+        async with open_supervisor() as sup, StreamTransport(trust_env=False) as transport:
+            first, second = (
+                Upstream(
+                    name=f"u{server.port}", base_url=f"http://127.0.0.1:{server.port}", dialect=FEED, path="/"
+                )
+                for server in (one, two)
+            )
+            upstream = attrs.evolve(first, fallback=[second])
+            told = await sup.start(HttpSource(upstream, {}, transport=transport, retry=POLICY))
+            outcome = await told.wait()
+        nursery.cancel_scope.cancel()
+    assert [named for _, named in asked["one"]] == [None, "Last-Event-ID: 5"]
+    assert [named for _, named in asked["two"]] == [None, None]
+    assert asked["two"][1][0] - asked["two"][0][0] < 10
+    assert (outcome.state, outcome.rungs, told.snapshot().text) == (
+        "completed",
+        ("sequence", "fallback", "retry"),
+        "hi",
+    )
