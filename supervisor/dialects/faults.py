@@ -195,8 +195,8 @@ def error_fault(error: Any, *, around: dict[str, Any] | None = None, status: int
 def find_fault(value: Any, *, status: int | None = None, lenient: bool = False) -> Fault | None:
     """Return the fault that a JSON value reports, or None if it reports none.
 
-    It must say that it is an error: by an `error` or `errors`, by `"object"` or `"type"` being `error`, by a `detail`, or
-    by a message with a code. When `lenient` (the body of an HTTP error), any message will do.
+    It must say that it is an error: by an `error` or `errors`, by `"object"` or `"type"` being `error`, by a `detail`, by
+    a message with a code, or by a `base_resp` (MiniMax) with a code other than 0. When `lenient` (the body of an HTTP error), any message will do.
     """
     if isinstance(value, list):
         objects = (item for item in value[:8] if isinstance(item, dict))
@@ -212,6 +212,9 @@ def find_fault(value: Any, *, status: int | None = None, lenient: bool = False) 
         return error_fault(value, status=status)
     if value.get("detail"):
         return error_fault(value["detail"], around=_without(value, "detail"), status=status)
+    base = value.get("base_resp")
+    if isinstance(base, dict) and base.get("status_code"):
+        return error_fault({"message": base.get("status_msg"), "code": base["status_code"]}, status=status)
     if "choices" not in value and _message(value) and (lenient or _coded(value)):
         return error_fault(value, status=status)
     return None

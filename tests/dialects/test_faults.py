@@ -18,6 +18,7 @@ from supervisor.dialects.faults import (
     shown,
 )
 from supervisor.dialects.openai_chat import OPENAI_CHAT
+from tests.dialects.bodies import event, read
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -137,6 +138,8 @@ def test_when_to_try_again(fields: dict[str, Any], seconds: float | None) -> Non
         {"code": "200", "message": "ok"},
         {"type": "status", "message": "searching"},
         {"error": None, "message": "hello"},
+        {"base_resp": {"status_code": 0, "status_msg": "success"}},
+        {"base_resp": 1},
         {"status": 200, "message": "fine"},
         {"id": 1},
         "error",
@@ -146,6 +149,19 @@ def test_when_to_try_again(fields: dict[str, Any], seconds: float | None) -> Non
 def test_what_is_no_error(value: Any) -> None:
     """A message without an error code, or with one that says all is well, is no error."""
     assert find_fault(value) is None
+
+
+def test_a_fault_of_minimax() -> None:
+    """MiniMax answers 200 and tells what went wrong beside null choices, as an event or in place of the stream."""
+    value = {
+        "id": "",
+        "choices": None,
+        "base_resp": {"status_code": 1008, "status_msg": "insufficient balance"},
+    }
+    for body in (json.dumps(value).encode(), event(value)):
+        fault = read(body).fault
+        assert fault is not None
+        assert (fault.message, fault.code, fault.temporary) == ("insufficient balance", "1008", False)
 
 
 @settings(deadline=None)  # a test asserts no time
