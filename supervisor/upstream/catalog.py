@@ -307,6 +307,11 @@ def _as_object(request: Mapping[str, Any] | bytes) -> Mapping[str, Any]:
     return _DECODER.decode(request) if isinstance(request, bytes) else request
 
 
+def _is_below(path: str, other: str) -> bool:
+    """Whether a path is another's beginning, up to the end of one of its segments."""
+    return other.startswith(path) and other[len(path) :][:1] in ("", "/", "?")
+
+
 def _header_names(headers: Mapping[str, str]) -> str:
     return f"<{', '.join(headers)}>"
 
@@ -381,11 +386,11 @@ class Upstream:
     def placed(self, call: Call) -> Call:
         """Return a later call about an answer, below this upstream's own path if that is not the dialect's."""
         usual = self.dialect.asking.path
-        if self.path is None or not usual or call.path.startswith(self.path):
+        if self.path is None or not usual or _is_below(self.path, call.path):
             return call
-        if not call.path.startswith(usual):
+        if not _is_below(usual, call.path):
             return call
-        return attrs.evolve(call, path=self.path + call.path[len(usual) :])
+        return attrs.evolve(call, path=self.path.rstrip("/") + call.path[len(usual) :])
 
     def continued(self, request: Mapping[str, Any] | bytes, text: str) -> Mapping[str, Any] | str:
         """Return the request that has the model go on after a text of its own, or the reason why there is none."""

@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import pytest
 
+from supervisor.dialects import Call
 from supervisor.dialects.catalog import find
 from supervisor.errors import ConfigurationError
 from supervisor.upstream.attempt import make_request
@@ -220,3 +221,20 @@ def test_the_base_url_of_openai_is_that_of_both_its_dialects() -> None:
     assert discover({}) == []
     with pytest.raises(ConfigurationError, match="base_url"):
         discover({"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": "nonsense"})
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        (None, "/responses/r1/cancel"),
+        ("/responses", "/responses/r1/cancel"),
+        ("/v2/responses", "/v2/responses/r1/cancel"),
+        ("/response", "/response/r1/cancel"),
+        ("/v2/responses/", "/v2/responses/r1/cancel"),
+        ("/", "/r1/cancel"),
+    ],
+)
+def test_later_calls_are_made_below_the_upstreams_own_path(path: str | None, expected: str) -> None:
+    """Also where the beginning of its last segment is that of the dialect's."""
+    upstream = Upstream(name="u", base_url="https://u.test", dialect="openai-responses", path=path)
+    assert upstream.placed(Call(path="/responses/r1/cancel")).path == expected
