@@ -195,8 +195,8 @@ def error_fault(error: Any, *, around: dict[str, Any] | None = None, status: int
 def find_fault(value: Any, *, status: int | None = None, lenient: bool = False) -> Fault | None:
     """Return the fault that a JSON value reports, or None if it reports none.
 
-    It must say that it is an error: by an `error` or `errors`, by `"object"` or `"type"` being `error`, by a `detail`, by
-    a message with a code, or by a `base_resp` (MiniMax) with a code other than 0. When `lenient` (the body of an HTTP error), any message will do.
+    It must say that it is an error: by an `error` or `errors`, by `"object"` or `"type"` being `error`, by a `detail` that is
+    not an event's of another kind, by a message with a code, or by a `base_resp` (MiniMax) with a code other than 0. When `lenient` (the body of an HTTP error), any message will do.
     """
     if isinstance(value, list):
         objects = (item for item in value[:8] if isinstance(item, dict))
@@ -210,7 +210,7 @@ def find_fault(value: Any, *, status: int | None = None, lenient: bool = False) 
             return error_fault(value[name], around=_without(value, name), status=status)
     if "error" in (value.get("object"), value.get("type"), value.get("status")):
         return error_fault(value, status=status)
-    if value.get("detail"):
+    if value.get("detail") and not _is_news(value.get("type")):
         return error_fault(value["detail"], around=_without(value, "detail"), status=status)
     base = value.get("base_resp")
     if isinstance(base, dict) and base.get("status_code"):
@@ -293,6 +293,15 @@ def _coded(value: dict[str, Any]) -> bool:
         if isinstance(code, int) and code >= (400 if name == "status" else 1) and code != 200:
             return True
     return False
+
+
+def _is_news(kind: Any) -> bool:
+    """Whether a type names an event that is no error. A problem of RFC 9457 has a URI there."""
+    if not isinstance(kind, str) or not kind or ":" in kind:
+        return False
+    word = _NOT_WORD.sub("_", _CAMEL.sub("_", kind[:200]).lower())
+    spoken = any(part in word for part in ("err", "exception", "fail", "problem"))
+    return not (spoken or _named(_WORDS, [word]) or _named(_GENERAL, [word]))
 
 
 def _without(value: dict[str, Any], name: str) -> dict[str, Any]:

@@ -137,6 +137,8 @@ def test_when_to_try_again(fields: dict[str, Any], seconds: float | None) -> Non
         {"code": 0, "message": "ok"},
         {"code": "200", "message": "ok"},
         {"type": "status", "message": "searching"},
+        {"type": "status", "detail": "searching"},
+        {"type": "tool_progress", "detail": {"step": 1}},
         {"error": None, "message": "hello"},
         {"base_resp": {"status_code": 0, "status_msg": "success"}},
         {"base_resp": 1},
@@ -149,6 +151,27 @@ def test_when_to_try_again(fields: dict[str, Any], seconds: float | None) -> Non
 def test_what_is_no_error(value: Any) -> None:
     """A message without an error code, or with one that says all is well, is no error."""
     assert find_fault(value) is None
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        None,
+        3,
+        "",
+        "about:blank",
+        "https://example.com/probs/x",
+        "error",
+        "AuthFailure",
+        "invalid_request",
+        "RuntimeException",
+    ],
+)
+def test_a_detail_is_an_error(kind: Any) -> None:
+    """A detail alone, in a problem of RFC 9457 or beside a type that speaks of an error is an error's message."""
+    fault = find_fault({"type": kind, "detail": "broken"})
+    assert fault is not None
+    assert fault.message == "broken"
 
 
 def test_a_fault_of_minimax() -> None:
