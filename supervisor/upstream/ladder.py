@@ -15,9 +15,9 @@ rungs, tried in this order, each only where it is possible and the retry policy 
 fails for a reason that time heals is. Why a rung was passed over is told in the record of the attempt that was made instead, or,
 if there is none, in a note.
 
-**Budgets.** `attempts` bounds all attempts of a stream, whatever their rung and upstream; one is kept back for each fallback not
-yet asked. Each upstream has a circuit, which refuses further attempts (never a stream's first) while the upstream fails more
-than it delivers. And the stream's total clock ends it in any state.
+**Budgets.** `attempts` bounds all attempts of a stream, whatever their rung and upstream; one is kept back for each fallback that
+is still to be asked, unless its circuit is open. Each upstream has a circuit, which refuses further attempts (never a stream's
+first) while the upstream fails more than it delivers. And the stream's total clock ends it in any state.
 """
 
 from __future__ import annotations
@@ -184,8 +184,7 @@ class Ladder:
     def first(self, now: float) -> Step:
         """Return the first attempt: at the first upstream whose circuit is not open, at the first if all are."""
         for index, upstream in enumerate(self._targets):
-            breaker = self._breakers(upstream.name)
-            if breaker is None or breaker.state(now) != "open":
+            if self._may_ask(upstream, now):
                 self._here = index
                 break
         self._made = 1
@@ -258,7 +257,7 @@ class Ladder:
             break
         if chosen is None or chosen.rung is None:
             return None
-        left = len(self._targets) - self._here - 1
+        left = sum(self._may_ask(target, now) for target in self._targets[self._here + 1 :])
         if left and self._policy.attempts - self._made <= left and self._may_leave(at):
             self.passed_over[chosen.rung] = "the attempts left are kept for the fallbacks"
             return None
@@ -354,6 +353,11 @@ class Ladder:
         if "restart" not in self._policy.resume:
             return "the policy does not name it"
         return Step(rung="restart", upstream=self._upstream, call=self._upstream.first(self._request))
+
+    def _may_ask(self, upstream: Upstream, now: float) -> bool:
+        """Whether an upstream's circuit is not open. Takes no trial."""
+        breaker = self._breakers(upstream.name)
+        return breaker is None or breaker.state(now) != "open"
 
     def _may_leave(self, at: Standing) -> bool:
         return not at.begun or "restart" in self._policy.resume

@@ -347,6 +347,15 @@ def test_a_fallback_with_an_open_circuit_is_passed_over() -> None:
     assert step.upstream.name == "three"
 
 
+def test_no_attempt_is_kept_for_a_fallback_with_an_open_circuit() -> None:
+    """It would be kept in vain: the upstream that is there is asked again."""
+    circuit = Circuit()
+    circuit.is_open = True
+    climb = ladder(attempts=2, others=("two",), circuits={"two": circuit})
+    assert rung(climb.next(REFUSED, NOTHING, 0.0)) == "retry"
+    assert climb.next(REFUSED, NOTHING, 0.0) is None
+
+
 # --- waits -----------------------------------------------------------------------------------------------------------
 
 
