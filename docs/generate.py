@@ -29,7 +29,7 @@ from supervisor import daemon, streams
 from supervisor.cli.exits import EXIT_TABLE
 from supervisor.config import Config, RetentionConfig, ShutdownConfig, parse
 from supervisor.control import SUBPROTOCOL, ClientLimits, ControlLimits, LinkLimits, SessionLimits
-from supervisor.dialects import BUILTIN, Dialect, FaultKind, faults
+from supervisor.dialects import BUILTIN, PRESETS, Dialect, FaultKind, faults
 from supervisor.dialects.reading import BodyReader
 from supervisor.stores import MemoryStore
 from supervisor.stores.sqlite import SQLiteStore
@@ -507,6 +507,24 @@ def dialect_tables() -> Iterator[tuple[str, str]]:
             ],
         ),
     )
+    asked = [one for one in (*told, *(PRESETS[name] for name in sorted(PRESETS))) if one.framing != "none"]
+    yield (
+        "asking",
+        _table(
+            ("dialect", "path", "the credential", "`start UPSTREAM --model MODEL PROMPT` asks with"),
+            [
+                (
+                    f"`{one.name}`",
+                    f"`{one.asking.path}`" if one.asking.path else "each upstream says (`path`)",
+                    "as a bearer"
+                    if one.asking.key_header == "bearer"
+                    else f"in the header `{one.asking.key_header}`",
+                    _prompted(one),
+                )
+                for one in asked
+            ],
+        ),
+    )
     yield (
         "faults",
         _table(("kind", "temporary", "HTTP statuses", "words of codes and types", ""), _fault_rows()),
@@ -533,6 +551,13 @@ def _rungs(dialect: Dialect) -> str:
         [RUNGS[dialect.name]] if dialect.name in RUNGS else ["continuation"] if asking.continuation else []
     )
     return ", ".join([*rungs, "restart"])
+
+
+def _prompted(dialect: Dialect) -> str:
+    make = dialect.asking.prompt
+    if make is None:
+        return "cannot: give a `--request`"
+    return f"`{json.dumps(make('PROMPT', 'MODEL'))}`"
 
 
 def _fault_rows() -> Iterator[tuple[str, ...]]:

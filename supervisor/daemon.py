@@ -303,18 +303,32 @@ class _Daemon:
             )
             raise ConfigurationError("upstream", params.upstream, f"a configured upstream: {known}")
         retry: dict[str, Any] = {**params.retry.given()}
+        request = _request(params, upstream)
         source = upstream.source(
-            params.request,
+            request,
             transport=self._transport,
             circuits=self._circuits.of,
             retry=attrs.evolve(upstream.retry, **retry),
         )
-        model = params.request.get("model")
+        model = request.get("model")
         return Resolved(
             source=source,
             deadlines=upstream.deadlines,
             meta={"model": model} if isinstance(model, str) else {},
         )
+
+
+def _request(params: StartParams, upstream: Upstream) -> Mapping[str, Any]:
+    """Return the body for the provider: as it is given, or made of a prompt. Raises ConfigurationError."""
+    if params.request is not None:
+        return params.request if params.model is None else {**params.request, "model": params.model}
+    made_of, dialect = params.prompt, upstream.dialect
+    assert made_of is not None, "the parameters have been checked"
+    if dialect.asking.prompt is None:
+        raise ConfigurationError(
+            "prompt", made_of[:50], f"a request: the dialect {dialect.name} cannot be asked with words alone"
+        )
+    return dialect.asking.prompt(made_of, params.model)
 
 
 async def _tell(server: ControlServer) -> None:

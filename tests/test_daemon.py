@@ -6,15 +6,18 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from supervisor.config import Config, ControlConfig, StoreConfig
-from supervisor.control import ControlClient, connect
+from supervisor.control import ControlClient, StartParams, StartResult, connect
 from supervisor.daemon import Ready, run
+from supervisor.dialects import BUILTIN
 from supervisor.errors import ConfigurationError, ControlClosedError, RequestError
 from supervisor.testing.upstream import Script, SimulatedUpstream
 from supervisor.upstream import CircuitPolicy, RetryPolicy, Upstream
@@ -288,6 +291,23 @@ def test_retention(tmp_path: Path, upstream: str) -> None:
         process.ask(ask)
 
 
+@asynccontextmanager
+async def serving(config: Config) -> AsyncIterator[str]:
+    """Run a daemon in this process; give its URL."""
+    told: list[Ready] = []
+    is_ready = trio.Event()
+
+    def ready(state: Ready) -> None:
+        told.append(state)
+        is_ready.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: run(config, environ={}, ready=ready))
+        await is_ready.wait()
+        yield told[0].url
+        nursery.cancel_scope.cancel()
+
+
 async def test_in_process() -> None:
     """`run` serves until cancelled, and raises plainly, not in a group, what it cannot use."""
     told: list[Ready] = []
@@ -310,6 +330,86 @@ async def test_in_process() -> None:
                 Config(store=StoreConfig(path=":memory:"), control=ControlConfig(host="0.0.0.0", port=0)),
                 environ={},
             )
+
+
+PROMPTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "anthropic": (
+        "/messages",
+        {"model": "m-1", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4096, "stream": True},
+    ),
+    "cohere": ("/chat", {"model": "m-1", "messages": [{"role": "user", "content": "Hi"}], "stream": True}),
+    "gemini": (
+        "/models/m-1:streamGenerateContent?alt=sse",
+        {"contents": [{"role": "user", "parts": [{"text": "Hi"}]}]},
+    ),
+    "gemini-jsonarray": (
+        "/models/m-1:streamGenerateContent",
+        {"contents": [{"role": "user", "parts": [{"text": "Hi"}]}]},
+    ),
+    "generic": ("/events", {"model": "m-1", "prompt": "Hi"}),
+    "ollama": (
+        "/api/chat",
+        {"model": "m-1", "messages": [{"role": "user", "content": "Hi"}], "stream": True},
+    ),
+    "openai-chat": (
+        "/chat/completions",
+        {"model": "m-1", "messages": [{"role": "user", "content": "Hi"}], "stream": True},
+    ),
+    "openai-completions": ("/completions", {"model": "m-1", "prompt": "Hi", "stream": True}),
+    "openai-responses": ("/responses", {"model": "m-1", "input": "Hi", "stream": True}),
+}
+"""What a provider of each dialect is asked, and where, when `Hi` is all there is."""
+
+
+async def test_a_prompt_is_asked_as_each_dialect_has_it() -> None:
+    """The daemon makes the request of a prompt and a model: every dialect's provider understands it and answers."""
+    assert set(PROMPTED) == set(BUILTIN) - {"native"}
+    with trio.fail_after(WAIT_S):
+        async with SimulatedUpstream() as provider:
+            config = Config(
+                store=StoreConfig(path=":memory:"),
+                control=ControlConfig(port=0),
+                discover=False,
+                upstreams=(
+                    *(
+                        Upstream(
+                            name=name,
+                            dialect=name,
+                            base_url=provider.base_url,
+                            path="/events" if name == "generic" else None,
+                            proxy="direct",
+                            models={"alias": "m-2"},
+                        )
+                        for name in PROMPTED
+                    ),
+                    Upstream(
+                        name="runs", dialect="openai-assistants", base_url=provider.base_url, path="/runs"
+                    ),
+                ),
+            )
+            async with serving(config) as url, connect(url) as client:
+
+                async def start(name: str, **given: Any) -> str:
+                    params = StartParams(upstream=name, **given)
+                    return (await client.call("stream.start", params, StartResult)).id
+
+                for name, (target, body) in PROMPTED.items():
+                    stream = await start(name, prompt="Hi", model="m-1")
+                    outcome = await client.wait(stream)
+                    assert outcome is not None
+                    assert (name, outcome.state) == (name, "completed")
+                    assert (await client.snapshot(stream)).text == Script().expected_text()
+                    asked = provider.ledger[-1].request
+                    assert (asked.target.removeprefix("/v1"), asked.json()) == (target, body)
+                    assert (await client.get(stream)).meta == {"model": "m-1"}
+                await client.wait(await start("openai-chat", request={"model": "x", "n": 1}, model="alias"))
+                assert provider.ledger[-1].request.json() == {"model": "m-2", "n": 1, "stream": True}
+                assert await start("generic", prompt="Hi")
+                for name in set(PROMPTED) - {"generic"}:
+                    with pytest.raises(RequestError, match="the name of a model"):
+                        await start(name, prompt="Hi")
+                with pytest.raises(RequestError, match="words alone"):
+                    await start("runs", prompt="Hi", model="m-1")
 
 
 async def test_the_circuit_of_a_failing_upstream() -> None:

@@ -22,7 +22,7 @@ import trio
 from trio.testing import MockClock
 
 import supervisor
-from supervisor import open_supervisor
+from supervisor import dialects, open_supervisor
 from supervisor.config import parse
 from supervisor.dialects import BUILTIN, FaultKind, Snapshot
 from supervisor.stores import Event
@@ -156,6 +156,9 @@ def test_the_tables_of_dialects():
         assert generate.block(page, name) == text, name
     assert set(re.findall(r"^\| `([\w-]+)` \|", generate.block(page, "endings"), re.MULTILINE)) == set(
         BUILTIN
+    )
+    assert set(re.findall(r"^\| `([\w-]+)` \|", generate.block(page, "asking"), re.MULTILINE)) == (
+        {*BUILTIN, *dialects.PRESETS} - {"native"}
     )
     assert set(re.findall(r"^\| `(\w+)` \|", generate.block(page, "faults"), re.MULTILINE)) == set(
         get_args(FaultKind)

@@ -96,6 +96,8 @@ def _report(error: BaseException) -> int:
                 f"the key {told.get('key')!r} is claimed by stream {told.get('id')} ({told.get('state')}); "
                 f"--on-conflict attach joins it, --on-conflict replace ends it and starts anew"
             )
+        elif error.kind == "configuration" and error.data.get("field") == "model":
+            message += "; give it with --model"
         if error.retry_after_s is not None:
             message += f" (retry after {error.retry_after_s:g} s)"
         code = for_kind(error.kind)

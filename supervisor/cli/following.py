@@ -44,6 +44,8 @@ from supervisor.control import (
     EventStream,
     OnDetachMessage,
     RetryMessage,
+    StartParams,
+    StartResult,
     StreamMessage,
 )
 from supervisor.errors import ControlError
@@ -66,18 +68,12 @@ def start(options: argparse.Namespace) -> int:
     return as_client(options, _start, reconnect=not options.detach)
 
 
-def _request(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the body for the provider. Raises ValueError, saying what is missing or wrong."""
+def _request(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Return the body for the provider; None: the daemon makes it of the prompt. Raises ValueError, saying what is wrong."""
     if options.request is None:
         if options.prompt is None:
             raise ValueError("what to ask? give a PROMPT with --model, or --request")
-        if options.model is None:
-            raise ValueError("a PROMPT needs --model")
-        return {
-            "model": options.model,
-            "messages": [{"role": "user", "content": options.prompt}],
-            "stream": True,
-        }
+        return None
     text = options.request
     if text == "-":
         text = sys.stdin.read()
@@ -94,13 +90,15 @@ def _request(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--request is not JSON: {error}") from None
     if not isinstance(request, dict):
         raise ValueError("--request must be a JSON object, the body for the provider")  # noqa: TRY004  # all its mistakes are one kind to the caller
-    return request if options.model is None else {**request, "model": options.model}
+    return request
 
 
 async def _start(client: ControlClient, options: argparse.Namespace) -> int:
-    started = await client.start(
-        options.upstream,
-        options.request,
+    params = StartParams(
+        upstream=options.upstream,
+        request=options.request,
+        prompt=options.prompt,
+        model=options.model,
         key=options.key,
         on_conflict=options.on_conflict,
         on_detach=_on_detach(options),
@@ -109,6 +107,7 @@ async def _start(client: ControlClient, options: argparse.Namespace) -> int:
         labels=dict(options.labels),
         delivery="durable" if options.durable else "immediate",
     )
+    started = await client.call("stream.start", params, StartResult)
     if options.json:
         print_json({"kind": "started", **msgspec.to_builtins(started)})
     elif options.detach:

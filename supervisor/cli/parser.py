@@ -175,14 +175,21 @@ def _config_option(parser: argparse.ArgumentParser) -> None:
 def _add_streams(commands: Any) -> None:
     start = _client(commands, "start", "following:start", "start a stream and follow its text")
     start.add_argument("upstream", metavar="UPSTREAM")
-    start.add_argument("prompt", nargs="?", metavar="PROMPT", help="a user's message; needs --model")
+    start.add_argument(
+        "prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help="a user's words; the daemon makes the request of them, as the upstream's dialect has it",
+    )
     start.add_argument(
         "--request",
         metavar="JSON|@FILE|-",
         help="in place of PROMPT: the body for the provider; -: from standard input",
     )
     start.either = "prompt", "request"
-    start.add_argument("--model", help="the model; wins over the one in --request")
+    start.add_argument(
+        "--model", help="the model; wins over the one in --request. Most providers have to be told one"
+    )
     start.add_argument("--key", help="your name for this work: starting it again joins it")
     start.add_argument("--on-conflict", choices=("attach", "reject", "replace"), default="attach")
     start.add_argument(

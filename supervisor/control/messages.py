@@ -205,10 +205,15 @@ class HelloResult(_Result, frozen=True, kw_only=True):
 
 
 class StartParams(_Params, frozen=True, kw_only=True):
-    """A stream to start. `request` is the body for the provider, in the upstream's own dialect."""
+    """A stream to start: exactly one of `request` and `prompt`."""
 
     upstream: Name
-    request: dict[str, Any]
+    request: dict[str, Any] | None = None
+    """The body for the provider, in the upstream's own dialect."""
+    prompt: str | None = None
+    """A user's words, of which the server makes the body as the upstream's dialect has it: the shortest that there is."""
+    model: Name | None = None
+    """The model; it wins over the one in `request`."""
     key: Name | None = None
     on_conflict: Literal["attach", "reject", "replace"] = "attach"
     on_detach: OnDetachMessage = OnDetachMessage()
@@ -216,6 +221,9 @@ class StartParams(_Params, frozen=True, kw_only=True):
     retry: RetryMessage = RetryMessage()
     labels: Labels = {}
     delivery: Literal["immediate", "durable"] = "immediate"
+
+    def __post_init__(self) -> None:
+        _one_of(request=self.request, prompt=self.prompt)
 
 
 class StartResult(_Result, frozen=True, kw_only=True):

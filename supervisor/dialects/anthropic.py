@@ -34,7 +34,7 @@ import msgspec
 
 from supervisor.dialects import lenient
 from supervisor.dialects.base import Delta, Fault, ToolCallDelta, UnparseableError, Usage
-from supervisor.dialects.dialect import Asking, Call, Dialect, Endings
+from supervisor.dialects.dialect import Asking, Call, Dialect, Endings, chat_prompt
 from supervisor.dialects.faults import error_fault, find_fault, http_fault, shown
 from supervisor.dialects.tool_calls import MAX_CALLS
 from supervisor.errors import ConfigurationError
@@ -49,6 +49,8 @@ MAX_HELD_CHARS = 1 << 18
 """Up to this length a compaction's summary is held until it is known whether the message has anything else."""
 VERSION: Final = "2023-06-01"
 """The version of the API that is asked for, and that this module reads."""
+PROMPT_MAX_TOKENS: Final = 4096
+"""What a request made of a prompt alone has as `max_tokens`, which the API demands: all its models can write so much."""
 
 
 # --- the typed way ---------------------------------------------------------------------------------------------------
@@ -490,6 +492,10 @@ Claude Opus 4.6, Sonnet 4.6 and later answer 400 (Claude docs, "Prefill Claude's
 """
 
 
+def _prompt(prompt: str, model: str | None) -> Mapping[str, Any]:
+    return {**chat_prompt(prompt, model), "max_tokens": PROMPT_MAX_TOKENS}
+
+
 def _first(request: Mapping[str, Any], path: str) -> Call:
     stream = request.get("stream")
     if stream not in (None, True):
@@ -560,7 +566,9 @@ ANTHROPIC: Final = Dialect(
         ),
         truncated="the body ends, or the connection is lost, before `message_stop`, even after the stop reason",
     ),
-    asking=Asking(path="/messages", key_header="x-api-key", first=_first, continuation=_continuation),
+    asking=Asking(
+        path="/messages", key_header="x-api-key", prompt=_prompt, first=_first, continuation=_continuation
+    ),
     abort_stops_billing=True,
     usage_rule=(
         "in `message_start`, then in `message_delta` as running totals, of which the last stated counts; input is without "

@@ -15,8 +15,9 @@ import attrs
 
 from supervisor.dialects.base import Fault, Reader, Snapshot, Usage
 from supervisor.dialects.faults import http_fault
+from supervisor.errors import ConfigurationError
 
-__all__ = ["Asking", "Call", "Dialect", "Endings", "Framing", "Progress"]
+__all__ = ["Asking", "Call", "Dialect", "Endings", "Framing", "Progress", "chat_prompt", "named_model"]
 
 Framing = Literal["sse", "ndjson", "json-array", "none"]
 """How events are cut out of the body. `none`: events do not come from a body (an embedding program's source)."""
@@ -68,6 +69,18 @@ class Progress:
     """The upstream's path, as `Asking.first` was given it."""
 
 
+def named_model(model: str | None) -> str:
+    """Return the model. Raises ConfigurationError if none is named, for a request that cannot be without."""
+    if not model:
+        raise ConfigurationError("model", model, "the name of a model: the provider has to be told which")
+    return model
+
+
+def chat_prompt(prompt: str, model: str | None) -> Mapping[str, Any]:
+    """Return the request for an answer to one message of a user, as most chat APIs take it."""
+    return {"model": named_model(model), "messages": [{"role": "user", "content": prompt}]}
+
+
 @attrs.frozen(kw_only=True)
 class Asking:
     """How an upstream of this dialect is asked. Pure functions of the request, a JSON object; none may change it."""
@@ -76,6 +89,9 @@ class Asking:
     """What follows the base URL; None: every upstream of this dialect must say."""
     key_header: str = "bearer"
     """Where the credential goes: `bearer` (`Authorization: Bearer …`), or the name of a header that takes it as it is."""
+    prompt: Callable[[str, str | None], Mapping[str, Any]] | None = chat_prompt
+    """Make the request of a user's words and the name of a model, if one was given: the shortest that there is. None: words
+    are not enough. Raises ConfigurationError for a model that is missing."""
     first: Callable[[Mapping[str, Any], str], Call] | None = None
     """Make the request that starts the answer, of the JSON object and the upstream's path. None: post the object with
     `"stream": true` to the path. Raises ConfigurationError for an object that cannot be a streaming request."""

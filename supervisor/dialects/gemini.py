@@ -28,7 +28,7 @@ import msgspec
 
 from supervisor.dialects import lenient
 from supervisor.dialects.base import Delta, Fault, ToolCallDelta, UnparseableError, Usage
-from supervisor.dialects.dialect import Asking, Call, Dialect, Endings
+from supervisor.dialects.dialect import Asking, Call, Dialect, Endings, named_model
 from supervisor.dialects.faults import MAX_MESSAGE_CHARS, classify, error_fault, find_fault, http_fault, shown
 from supervisor.dialects.partial_arguments import ArgumentsBudget, ArgumentsWriter, PartialValue, parse_path
 from supervisor.dialects.tool_calls import MAX_CALLS
@@ -504,6 +504,10 @@ _PATH: Final = "/models/{model}:streamGenerateContent"
 _MODEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,199}")
 
 
+def _prompt(prompt: str, model: str | None) -> Mapping[str, Any]:
+    return {"model": named_model(model), "contents": [{"role": "user", "parts": [{"text": prompt}]}]}
+
+
 def _first(request: Mapping[str, Any], path: str) -> Call:
     """Make the request. `{model}` in the path is the request's `model`, which is no field of the body.
 
@@ -556,7 +560,7 @@ GEMINI: Final = Dialect(
     reader=_GeminiReader,
     fault=_fault,
     endings=_ENDINGS,
-    asking=Asking(path=f"{_PATH}?alt=sse", key_header="x-goog-api-key", first=_first),
+    asking=Asking(path=f"{_PATH}?alt=sse", key_header="x-goog-api-key", prompt=_prompt, first=_first),
     stop="drain",
     usage_rule=_USAGE_RULE,
 )
@@ -564,5 +568,5 @@ GEMINI_JSONARRAY: Final = attrs.evolve(
     GEMINI,
     name="gemini-jsonarray",
     framing="json-array",
-    asking=Asking(path=_PATH, key_header="x-goog-api-key", first=_first),
+    asking=Asking(path=_PATH, key_header="x-goog-api-key", prompt=_prompt, first=_first),
 )

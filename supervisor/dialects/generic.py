@@ -34,7 +34,7 @@ request), unless `reconnect` says otherwise. Status 204 means that there is noth
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal
 from urllib.parse import urlencode
 
@@ -340,6 +340,10 @@ def _label(value: Any) -> str | None:
 # --- the dialect -----------------------------------------------------------------------------------------------------
 
 
+def _prompt(prompt: str, model: str | None) -> Mapping[str, Any]:
+    return {"prompt": prompt} if model is None else {"model": model, "prompt": prompt}
+
+
 def generic(
     name: str = "generic",
     *,
@@ -354,6 +358,7 @@ def generic(
     end: Literal["marker", "clean"] = "marker",
     method: Literal["GET", "POST"] = "POST",
     path: str | None = None,
+    prompt: Callable[[str, str | None], Mapping[str, Any]] | None = _prompt,
     reconnect: bool | None = None,
     abort_stops_billing: bool | None = None,
 ) -> Dialect:
@@ -362,7 +367,8 @@ def generic(
     text, reasoning, finish, input_tokens, output_tokens: JSON pointers, in order of preference; `text` with "" among
     them takes plain text, too. error: JSON pointers, and names of events. done: markers. framing: how the body is most
     likely cut; what it really is is seen. end: what the end of a body without a marker is. method: how an answer is asked
-    for; with GET the request's fields go into the query. path: what follows the base URL. reconnect: whether a broken
+    for; with GET the request's fields go into the query. path: what follows the base URL. prompt: how a request is made
+    of a user's words and a model (`{"prompt": …}`); None: not at all. reconnect: whether a broken
     stream without event ids is asked for again; None: if it is an event stream got by GET.
 
     Raises ConfigurationError, naming the field.
@@ -422,7 +428,13 @@ def generic(
             ),
             clean_end=end == "clean",
         ),
-        asking=Asking(path=path, first=asking.first, resume=asking.resume, resume_ends=frozenset({204})),
+        asking=Asking(
+            path=path,
+            prompt=prompt,
+            first=asking.first,
+            resume=asking.resume,
+            resume_ends=frozenset({204}),
+        ),
         abort_stops_billing=abort_stops_billing,
         usage_rule="what stands at the usage pointers; the last statement of each number counts",
     )

@@ -20,7 +20,7 @@ import msgspec
 
 from supervisor.dialects import lenient
 from supervisor.dialects.base import Delta, UnparseableError
-from supervisor.dialects.dialect import Asking, Dialect, Endings
+from supervisor.dialects.dialect import Asking, Dialect, Endings, named_model
 from supervisor.dialects.faults import http_fault
 from supervisor.dialects.openai_chat import chat_part
 from supervisor.dialects.openai_chunks import ODD_FINISHES, ChunkReader, Part, finish_of, usage_of
@@ -163,6 +163,10 @@ def _continuation(request: Mapping[str, Any], text: str) -> Mapping[str, Any] | 
     return {**request, "prompt": alone + text}
 
 
+def _prompt(prompt: str, model: str | None) -> Mapping[str, Any]:
+    return {"model": named_model(model), "prompt": prompt}
+
+
 OPENAI_COMPLETIONS: Final = Dialect(
     name="openai-completions",
     framing="sse",
@@ -181,7 +185,7 @@ OPENAI_COMPLETIONS: Final = Dialect(
             "a finish reason `error`",
         ),
     ),
-    asking=Asking(path="/completions", continuation=_continuation),
+    asking=Asking(path="/completions", prompt=_prompt, continuation=_continuation),
     abort_stops_billing=True,
     usage_rule="with `stream_options.include_usage`, in a chunk of its own before `[DONE]`; on every chunk it is a running total",
 )

@@ -33,7 +33,7 @@ import msgspec
 
 from supervisor.dialects import lenient
 from supervisor.dialects.base import Delta, ToolCallDelta, UnparseableError
-from supervisor.dialects.dialect import Asking, Dialect, Endings
+from supervisor.dialects.dialect import Asking, Dialect, Endings, named_model
 from supervisor.dialects.faults import error_fault, find_fault, http_fault, shown
 from supervisor.dialects.openai_response_items import (
     MAX_INDEX,
@@ -564,6 +564,10 @@ def _kept_data(data: bytes) -> bytes:
     return data if len(data) <= MAX_LAST_BYTES else hashlib.blake2b(data, digest_size=32).digest()
 
 
+def _prompt(prompt: str, model: str | None) -> Mapping[str, Any]:
+    return {"model": named_model(model), "input": prompt}
+
+
 def _type_name(kind: str | type[WireDelta]) -> str:
     return kind if isinstance(kind, str) else str(kind.__struct_config__.tag)
 
@@ -591,6 +595,7 @@ OPENAI_RESPONSES: Final = Dialect(
     ),
     asking=Asking(
         path="/responses",
+        prompt=_prompt,
         resume=resume,
         cancel=cancel,
         retrieve=retrieve,

@@ -9,7 +9,7 @@ import itertools
 import json
 import random
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -187,6 +187,13 @@ def reads_any_error_response(examples: Examples) -> None:
 def asks_without_changing_the_request(examples: Examples) -> None:
     """Check that the functions of `asking` leave the request as it was."""
     asking = examples.dialect.asking
+    if asking.prompt is not None:
+        made: object = asking.prompt("Hi", "m")
+        if not isinstance(made, Mapping) or "Hi" not in json.dumps(made, default=repr):
+            examples.fail(
+                "asks without changing the request",
+                f"`asking.prompt` made {shown(repr(made).encode())}, which is no request with the prompt in it",
+            )
     request: dict[str, Any] = {
         "model": "m",
         "messages": [{"role": "user", "content": "Hi"}],

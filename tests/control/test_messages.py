@@ -131,9 +131,11 @@ def test_params_errors_name_the_field_and_what_is_right() -> None:
     assert unknown.code == -32602
     assert unknown.data["field"] == "idd"
     assert "known here are: id, key" in unknown.message
-    missing = refused('{"upstream": "u"}', StartParams).error
-    assert missing.data["field"] == "request"
+    missing = refused('{"request": {}}', StartParams).error
+    assert missing.data["field"] == "upstream"
     assert "required" in missing.message
+    for neither_or_both in ('{"upstream": "u"}', '{"upstream": "u", "request": {}, "prompt": ""}'):
+        assert "exactly one of: request, prompt" in refused(neither_or_both, StartParams).error.message
     mistyped = refused('{"id": "a", "credit": "many"}', SubscribeParams).error
     assert mistyped.data["field"] == "credit"
     assert "Expected `int`" in mistyped.message

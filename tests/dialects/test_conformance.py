@@ -394,6 +394,11 @@ def raising(_status: int, body: bytes) -> Fault:
             "no message",
         ),
         (changed(asking=Asking(first=changing)), "asks without changing the request", "asking.first"),
+        (
+            changed(asking=Asking(prompt=lambda prompt, model: {"model": model})),
+            "asks without changing the request",
+            "asking.prompt",
+        ),
     ],
 )
 def test_a_broken_description(dialect: Dialect, name: str, told: str) -> None:
