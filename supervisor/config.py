@@ -495,9 +495,14 @@ def _upstream(name: str, value: object, where: _Where, defaults: Config) -> tupl
         elif file is not None:
             options["credential"] = Credential.from_file(file, header=header)
         fallback = options.pop("fallback", ())
-        return Upstream(name=name, **options), fallback
+        upstream = Upstream(name=name, **options)
     except ConfigurationError as error:
         raise where.refused(error) from None
+    if upstream.path is None and upstream.dialect.asking.path is None:
+        raise where.error(
+            "path", None, f"a path, as the dialect {upstream.dialect.name} has no default for it"
+        )
+    return upstream, fallback
 
 
 def _merged(default: _T, value: object, where: _Where) -> _T:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supervisor.config import DEFAULT_PORT, MEMORY, Config, default_store_path, load, parse
+from supervisor.dialects import PRESETS
 from supervisor.errors import ConfigurationError
 from supervisor.stores import MemoryStore
 from supervisor.stores.sqlite import SQLiteStore
@@ -237,6 +238,13 @@ def test_what_an_upstream_may_do_when_it_fails() -> None:
         (
             "[upstreams.x]\nbase_url = 'http://h'\napi_key_env = 'A'\napi_key_file = 'b'",
             ["api_key_file", "only one of"],
+        ),
+        *(
+            (
+                f"[upstreams.x]\nbase_url = 'http://h'\ndialect = '{name}'",
+                ["[upstreams.x] path", f"a path, as the dialect {name} has no default"],
+            )
+            for name in ("generic", *PRESETS)
         ),
         ("[upstreams.x]\nbase_url = 'http://h'\napi_key_header = 'a'", ["api_key_header", "beside it"]),
         (
