@@ -22,6 +22,11 @@ Nothing is called for a socket that has left, because the only way to a `take` i
 **Fairness.** One read per socket and turn, and no more than `TURN_BYTES` in all before other tasks get theirs; sockets that were
 ready and not reached come first in the next turn. epoll is level-triggered: what is not read is found again.
 
+**Moderation.** With hundreds of streams whose events come evenly, each would wake the loop for itself, and a turn of the loop
+costs more than the event. So the reader wakes no more often than once in `MODERATION_S`, as network cards moderate their
+interrupts: at rest an event is read at once, under load a wake-up finds several, and none waits longer than that. Only
+where time is real: a virtual clock must not be waited for.
+
 The reader's task is a system task of the trio run: it holds nothing of anybody's, starts with the first socket and ends when
 the transport is closed or the run is over. If it should fail, its sockets fail with it, and the next one starts another.
 """
@@ -29,6 +34,7 @@ the transport is closed or the run is over. If it should fail, its sockets fail 
 from __future__ import annotations
 
 import logging
+import math
 import select
 import socket
 from collections.abc import Callable, Sequence
@@ -42,6 +48,8 @@ __all__ = ["Body", "EpollPoller", "Poller", "SharedReader", "shared_reading_work
 
 TURN_BYTES: Final = 256 << 10
 """How much one turn of the reader reads before other tasks run."""
+MODERATION_S: Final = 0.001
+"""The least time between two wake-ups of the reader, in seconds: what comes sooner than that after one waits for the next."""
 
 _log = logging.getLogger("supervisor.upstream")
 
@@ -226,13 +234,17 @@ class SharedReader:
         return self._poller
 
     async def _run(self, poller: Poller, scope: trio.CancelScope) -> None:
+        woken = -math.inf
         try:
             with scope:
                 while True:
                     if self._waiting:
                         await trio.lowlevel.checkpoint()
                     else:
+                        if (pause_s := _moderation_s(woken)) > 0:
+                            await trio.sleep(pause_s)
                         await poller.wait()
+                        woken = trio.current_time()
                         self._waiting = list(poller.ready())
                         self._waiting.reverse()
                     self._turn()
@@ -296,3 +308,14 @@ class SharedReader:
                 self._leave(reading, outcome.Error(error))
         self._waiting.clear()
         self._poller = self._scope = None
+
+
+def _moderation_s(woken: float) -> float:
+    """Return how long to wait before looking again, in seconds, given when the reader woke last. 0 where time is virtual."""
+    due = woken + MODERATION_S
+    now = trio.current_time()
+    if now >= due:
+        return 0.0
+    # A clock that says when a deadline comes is real, or one that runs like it; a test's stands still, and would not come.
+    real = trio.lowlevel.current_clock().deadline_to_sleep_time(due) <= MODERATION_S
+    return due - now if real else 0.0

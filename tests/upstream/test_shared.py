@@ -318,3 +318,56 @@ async def test_a_retired_reader_ends_with_its_last_socket() -> None:
         await settle()
         assert pipe.got == [b"rest", b""]
         assert trio.lowlevel.current_statistics().tasks_living == before
+
+
+class Counting(EpollPoller):
+    """An epoll that counts how often it is waited for, and what a wake-up finds."""
+
+    found: list[int]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = []
+
+    def ready(self) -> Any:
+        fds = super().ready()
+        self.found.append(len(fds))
+        return fds
+
+
+async def flow(reader: SharedReader, made: list[Pipe]) -> None:
+    """Send an event to one socket after the other, each in a turn of its own, and read them all."""
+    async with trio.open_nursery() as nursery:
+        for pipe in made:
+            nursery.start_soon(reader.read, pipe)
+        await trio.lowlevel.checkpoint()
+        for pipe in made:
+            pipe.far.send(b"x")
+            for _ in range(3):
+                await trio.lowlevel.checkpoint()
+        while not all(pipe.got for pipe in made):
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+
+
+async def test_under_load_a_wake_up_finds_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where time is real the reader wakes no more often than it says; everything is read all the same."""
+    monkeypatch.setattr("supervisor.upstream.shared.MODERATION_S", 0.25)
+    pollers: list[Counting] = []
+
+    def poller() -> Counting:
+        pollers.append(Counting())
+        return pollers[-1]
+
+    with pipes(30) as made:
+        await flow(SharedReader(read_bytes=1 << 10, poller=poller), made)
+        assert [pipe.got for pipe in made] == [[b"x"]] * 30
+    assert max(pollers[0].found) > 10  # the second wake-up has all but the first few
+
+
+async def test_a_virtual_clock_is_not_waited_for(mock_clock: trio.testing.MockClock) -> None:
+    """Its time stands still until the test moves it: the reader would never wake."""
+    with pipes(30) as made:
+        await flow(SharedReader(read_bytes=1 << 10), made)
+        assert [pipe.got for pipe in made] == [[b"x"]] * 30
+    assert trio.current_time() == 0
