@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+COMPILER = any(map(shutil.which, ("cc", "gcc", "clang")))
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -104,6 +106,25 @@ def _run(script: str, tmp_path: Path) -> dict:
             0,
             id="churn",
         ),
+        pytest.param(
+            "store.py",
+            {
+                f"{what}, {history}"
+                for what in ("reading back", "bytes an event")
+                for history in ("flood", "paced")
+            }
+            | {f"commit over after it was due at 1000 events/s, {which}" for which in ("worst", "p50")},
+            {"ours"},
+            4,
+            id="store",
+        ),
+        pytest.param(
+            "floor.py",
+            {"paced, plain: CPU per event"} if COMPILER and sys.platform == "linux" else set(),
+            {"C", "C, sent on", "ours", "raw trio"},
+            0,
+            id="floor",
+        ),
     ],
 )
 def test_a_benchmark_runs_and_writes_its_results(script, tables, contenders, aims, tmp_path):
@@ -122,7 +143,8 @@ def test_a_benchmark_runs_and_writes_its_results(script, tables, contenders, aim
             assert row["min"] <= row["median"] <= row["max"]
     assert aims == len(results["aims"])
     for aim in results["aims"]:
-        assert aim["value"] is None or aim["value"] > 0
+        # A commit that is over before it is due is behind by less than nothing.
+        assert aim["value"] is None or aim["value"] > 0 or script == "store.py"
         reached = {
             "most": lambda value, bound: value <= bound,
             "least": lambda value, bound: value >= bound,
