@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import attrs
 
@@ -23,6 +23,20 @@ Framing = Literal["sse", "ndjson", "json-array", "none"]
 """How events are cut out of the body. `none`: events do not come from a body (an embedding program's source)."""
 
 _NONE: Mapping[str, str] = MappingProxyType({})
+
+
+def _check_name(_: object, attribute: attrs.Attribute[str], value: object) -> None:
+    if not (isinstance(value, str) and value and value == value.strip()):
+        raise ConfigurationError(
+            f"dialect.{attribute.name}", value, "a name, without white space around it, such as 'openai-chat'"
+        )
+
+
+def _check_framing(instance: Dialect, attribute: attrs.Attribute[Framing], value: object) -> None:
+    if value not in get_args(Framing):
+        raise ConfigurationError(
+            f"dialect {instance.name}: {attribute.name}", value, f"one of {', '.join(get_args(Framing))}"
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -113,11 +127,14 @@ class Asking:
 
 @attrs.frozen(kw_only=True)
 class Dialect:
-    """How one provider's stream is read, ended and asked for. Stateless; shared by all streams that speak it."""
+    """How one provider's stream is read, ended and asked for. Stateless; shared by all streams that speak it.
 
-    name: str
+    Raises ConfigurationError for a name or a framing that it cannot have.
+    """
+
+    name: str = attrs.field(validator=_check_name)
     """The name used in configuration, records and messages, such as `openai-chat`."""
-    framing: Framing
+    framing: Framing = attrs.field(validator=_check_framing)
     reader: Callable[[], Reader]
     """Return a new reader for one response body."""
     fault: Callable[[int, bytes], Fault] = http_fault

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from supervisor.dialects import Dialect, Snapshot
+from supervisor.dialects.pointers import MISSING, lookup, pointer
 from supervisor.errors import ConfigurationError
 from supervisor.testing import conformance_events as events
 from supervisor.testing.conformance_examples import ConformanceError, Examples, decoded, shown
@@ -33,6 +34,7 @@ MAX_READER_BYTES: Final = 8 << 20
 """What a reader may hold, whatever it was sent."""
 
 _ALL_SPLITS_BYTES: Final = 1024
+_EMPTY: Final[tuple[Any, ...]] = (None, False, 0, "", [], {}, MISSING)
 _CUTS: Final = 100
 
 
@@ -89,6 +91,7 @@ def check_dialect(
     events.reads_any_error_response(examples)
     events.asks_without_changing_the_request(examples)
     events.stays_bounded(examples)
+    _says_when_usage_is_stated(examples)
 
 
 # --- what it says of itself ------------------------------------------------------------------------------------------
@@ -97,12 +100,8 @@ def check_dialect(
 def _describes_itself(examples: Examples) -> None:
     check = "describes itself"
     dialect = examples.dialect
-    if not dialect.name or dialect.name != dialect.name.strip():
-        examples.fail(check, f"its name is {dialect.name!r}")
     if not dialect.endings.well:
         examples.fail(check, "`endings.well` does not say what ends an answer well")
-    if not dialect.usage_rule:
-        examples.fail(check, "`usage_rule` does not say when a usage is stated, or that it never is")
     if examples.errors and not dialect.endings.errors:
         examples.fail(
             check, "`endings.errors` does not say where errors are told, but there are examples of some"
@@ -110,6 +109,14 @@ def _describes_itself(examples: Examples) -> None:
     if dialect.stop == "abort" and dialect.abort_stops_billing is False:
         examples.fail(
             check, "an abort does not stop the billing, but `stop` is `abort`: it should be `drain`"
+        )
+
+
+def _says_when_usage_is_stated(examples: Examples) -> None:
+    # last: it is a sentence for the reader, and no fault of the dialect should have to wait for it
+    if not examples.dialect.usage_rule:
+        examples.fail(
+            "describes itself", "`usage_rule` does not say when a usage is stated, or that it never is"
         )
 
 
@@ -174,16 +181,22 @@ def _declares_its_markers(examples: Examples) -> None:
 
 
 def _is_marked(marker: str, data: bytes, name: str) -> bool:
-    """Whether an event has this marker: as its name, in its data, or as a field of its JSON object that has this value.
+    """Whether an event has this marker: as its name, in its data, or as a field of its JSON that has this value.
 
-    Fields are written `done: true`, or as a JSON pointer, `/done=true`.
+    Fields are written `done: true`, or as `generic` has them: `/done=true`, or `/end` for anything that is not empty.
     """
     marker = marker.replace("`", "")
-    if marker == name or marker.encode() in data:
+    if marker.casefold() == name.casefold() or marker.removeprefix("data:").strip().encode() in data:
         return True
-    field, found, value = marker.removeprefix("/").partition("=" if marker.startswith("/") else ": ")
     told = decoded(data)
-    return bool(found) and isinstance(told, dict) and json.dumps(told.get(field)) == value
+    if marker.startswith("/"):
+        where, sign, wanted = marker.partition("=")
+        found = lookup(told, pointer("endings.markers", where))
+        if not sign:
+            return found not in _EMPTY
+        return found is not MISSING and json.dumps(found) == json.dumps(decoded(wanted.encode()))
+    field, sign, wanted = marker.partition(": ")
+    return bool(sign) and isinstance(told, dict) and json.dumps(told.get(field)) == wanted
 
 
 # --- bodies ----------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from supervisor.dialects import (
     Fault,
     ToolCallDelta,
     UnparseableError,
+    generic,
 )
 from supervisor.dialects.faults import error_fault
 from supervisor.errors import ConfigurationError
@@ -378,7 +379,6 @@ def raising(_status: int, body: bytes) -> Fault:
 @pytest.mark.parametrize(
     ("dialect", "name", "told"),
     [
-        (changed(name=" x"), "describes itself", "name"),
         (changed(usage_rule=""), "describes itself", "usage_rule"),
         (changed(abort_stops_billing=False), "describes itself", "drain"),
         (ended(well=""), "describes itself", "endings.well"),
@@ -428,6 +428,55 @@ def test_markers_that_no_example_shows() -> None:
 def test_ways_of_writing_a_marker(marker: str) -> None:
     """A marker is an event's name, a part of its data, or a field with its value."""
     check(ended(markers=(marker, "length")))
+
+
+@pytest.mark.parametrize(
+    ("marker", "last"),
+    [
+        ("/end", '{"end": "yes"}'),
+        ("/chunk/last=true", '{"chunk": {"last": true}}'),
+        ('/why={"a":1}', '{"why": {"a": 1}}'),
+        ("/parts/1/over", '{"parts": [{}, {"over": 1}]}'),
+        ("data:OVER", "OVER"),
+        ("[END]", "[END]"),
+        ("Bye", '{"type": "bye"}'),
+    ],
+)
+def test_every_marker_of_a_generic_dialect(marker: str, last: str) -> None:
+    """Whatever `generic` takes as a marker, the check knows again; and another that ends the answer is not that one."""
+    name = "event: bye\n" if marker == "Bye" else ""
+    body = f'data: {{"text": "Hi"}}\n\n{name}data: {last}\n\n'.encode()
+    check_dialect(generic("feed", text="/text", done=[marker]), [(body, "Hi")])
+    other = attrs.evolve(
+        generic("feed", text="/text", done=[marker]), endings=Endings(markers=("/x",), well="?")
+    )
+    with pytest.raises(ConformanceError, match="is none of"):
+        check_dialect(other, [body])
+
+
+def test_a_missing_usage_rule_hides_no_graver_fault() -> None:
+    """What a dialect does comes before what it says about usage."""
+    with pytest.raises(ConformanceError) as caught:
+        check(changed(usage_rule="", reader=Endless))
+    assert caught.value.check == "ends well"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field", "expected"),
+    [
+        ({"framing": "csv"}, "dialect small: framing", "sse, ndjson, json-array, none"),
+        ({"framing": ["sse"]}, "dialect small: framing", "sse"),
+        ({"name": " x"}, "dialect.name", "a name"),
+        ({"name": ""}, "dialect.name", "a name"),
+        ({"name": None}, "dialect.name", "a name"),
+    ],
+)
+def test_a_name_or_framing_that_cannot_be(wrong: dict[str, Any], field: str, expected: str) -> None:
+    """They are refused when the dialect is made, not when its first stream is read."""
+    with pytest.raises(ConfigurationError) as caught:
+        changed(**wrong)
+    assert caught.value.field == field
+    assert expected in caught.value.expected
 
 
 def test_a_dialect_that_ends_with_its_body() -> None:
