@@ -192,7 +192,9 @@ async def test_a_connection_lost_in_the_middle(dialect: str) -> None:
     for case in cases:
         outcome, snapshot = ended[case["id"]]
         ending = f"{outcome.state.value}({outcome.reason})"
-        if has_ended(dialect, data_of(framing, bodies[case["id"]])):
+        # Gemini's older models say STOP with each chunk: what was begun after it shows that there was more.
+        more = dialect == "gemini" and not bodies[case["id"]].endswith((b"\n", b"\r"))
+        if has_ended(dialect, data_of(framing, bodies[case["id"]])) and not more:
             assert outcome.state.value == "completed" or case["expected_terminal"] == "error", case["id"]
         else:
             assert ending == "failed(truncated)" or case["expected_terminal"] == "error", case["id"]
