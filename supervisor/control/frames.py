@@ -20,7 +20,16 @@ import struct
 
 from supervisor.control.messages import CloseCode
 
-__all__ = ["OP_CLOSE", "OP_PING", "OP_TEXT", "FrameError", "FrameScanner", "build_close", "build_frame"]
+__all__ = [
+    "OP_CLOSE",
+    "OP_PING",
+    "OP_TEXT",
+    "FrameError",
+    "FrameScanner",
+    "build_close",
+    "build_frame",
+    "build_head",
+]
 
 OP_CONTINUATION = 0x0
 OP_TEXT = 0x1
@@ -31,6 +40,8 @@ OP_PONG = 0xA
 
 _KNOWN = {OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG}
 _MAX_CONTROL_BYTES = 125
+_pack_medium = struct.Struct("!BBH").pack
+_pack_large = struct.Struct("!BBQ").pack
 
 
 class FrameError(Exception):
@@ -42,16 +53,20 @@ class FrameError(Exception):
         self.reason = reason
 
 
+def build_head(opcode: int, length: int, *, mask: bool = False) -> bytes:
+    """Return the header of a final frame, up to where the mask's key would follow."""
+    bit = 0x80 if mask else 0
+    if length <= 125:
+        return bytes((0x80 | opcode, bit | length))
+    if length <= 0xFFFF:
+        return _pack_medium(0x80 | opcode, bit | 126, length)
+    return _pack_large(0x80 | opcode, bit | 127, length)
+
+
 def build_frame(opcode: int, payload: bytes, *, mask: bool = False) -> bytes:
     """Return one final frame. A client masks, a server does not (section 5.1)."""
     length = len(payload)
-    bit = 0x80 if mask else 0
-    if length <= 125:
-        head = bytes((0x80 | opcode, bit | length))
-    elif length <= 0xFFFF:
-        head = struct.pack("!BBH", 0x80 | opcode, bit | 126, length)
-    else:
-        head = struct.pack("!BBQ", 0x80 | opcode, bit | 127, length)
+    head = build_head(opcode, length, mask=mask)
     if not mask:
         return head + payload
     key = os.urandom(4)

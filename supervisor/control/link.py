@@ -10,6 +10,9 @@ all its bytes pass both ways, and beside it `Link`, which does all the sending o
 - Closing is ours too. trio-websocket raises out of its reader task if a Ping arrives after its own Close (its issue 184),
   always records a local close as 1000, and waits without limit for the peer. We write the Close frame ourselves, so that
   its state stays "open"; from then on the guard lets in nothing but the peer's Close, and drops what is still sent.
+- What can be sent at once is: `Link.write` hands whole frames to the socket in the step that made them, without a task
+  switch. Only what the socket does not take is for the writer, and if it took a part of a frame, the rest of that goes out
+  before anything else does, trio-websocket's frames included.
 - What waits to be sent is bounded in bytes (`Outbox`): who produces waits, or is refused, and nothing grows.
 - A peer that is gone without a word is noticed by a heartbeat: any byte received is a sign of life.
 
@@ -19,6 +22,7 @@ Cancelling `Link.send` or `Link.receive` loses nothing and breaks nothing.
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable
 from typing import NoReturn
@@ -84,6 +88,8 @@ class GuardedStream(trio.abc.Stream):
         self._framed = False
         self._answered = False
         self._broken = False
+        self._rest = b""  # of a frame that the socket took a part of
+        self._fileno = _descriptor(transport)
         self._close_sent = False
         self._open = False
         self._reading = False
@@ -183,6 +189,39 @@ class GuardedStream(trio.abc.Stream):
             raise trio.BrokenResourceError("the connection is closing")
         await self._write(data)
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether a frame has been sent in part: `send_frames`, of no more frames if there are none, sends the rest."""
+        return bool(self._rest)
+
+    def send_nowait(self, data: bytes) -> bool:
+        """Send whole frames without waiting; False if not even a part of them can be sent now, and all is as before.
+
+        What the socket does not take is kept, see `unfinished`. A lost connection is told by `over`.
+        """
+        if self._rest or self._broken or self._close_sent or self._fileno is None:
+            return False
+        try:
+            sent = self._offer(data)
+        except trio.BrokenResourceError:
+            return True
+        if 0 < sent < len(data):
+            self._rest = data[sent:]
+        return sent > 0
+
+    def _offer(self, data: bytes) -> int:
+        """Send what the socket takes at once; return how much. Raises BrokenResourceError."""
+        if self._fileno is None:
+            return 0
+        try:
+            return os.write(self._fileno(), data)  # trio's own `send` is a coroutine
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            self._broken = True
+            self.over.set()
+            raise trio.BrokenResourceError(f"the connection was lost: {error}") from error
+
     async def send_close(self, frame: bytes) -> None:
         """Send a Close frame unless one was sent; nothing is sent after it. Raises BrokenResourceError."""
         if self._close_sent:
@@ -197,11 +236,14 @@ class GuardedStream(trio.abc.Stream):
             if self._broken:
                 raise trio.BrokenResourceError("an earlier send was interrupted")
             await trio.lowlevel.checkpoint_if_cancelled()  # while nothing is broken by it
-            self._broken = True  # until all of it is out: also if we are cancelled in between
+            if self._rest:
+                data, self._rest = self._rest + data, b""
+            sent = self._offer(data)
+            self._broken = sent < len(data)  # until all of it is out: also if we are cancelled in between
             view = memoryview(data)
             step = self._limits.send_chunk_bytes
             try:
-                for start in range(0, len(view), step):
+                for start in range(sent, len(view), step):
                     with trio.fail_after(self._limits.stall_s):
                         await self._transport.send_all(view[start : start + step])
             except trio.TooSlowError:
@@ -267,6 +309,13 @@ class GuardedStream(trio.abc.Stream):
                     self.fault = fault
 
 
+def _descriptor(transport: trio.abc.Stream) -> Callable[[], int] | None:
+    """Return what gives the transport's descriptor, if it is one that can be written to as it is; -1 once it is closed."""
+    if os.name == "posix" and isinstance(transport, trio.SocketStream):
+        return transport.socket.fileno
+    return None
+
+
 class Outbox:
     """Frames waiting for the writer, bounded in bytes; one frame may go over a bound.
 
@@ -275,26 +324,22 @@ class Outbox:
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._frames: deque[bytes] = deque()
-        self._bytes = 0
         self._urgent_bytes = 0
+        self._woken = False
         self._filled = trio.Event()
         self._room = trio.Event()
-
-    @property
-    def nbytes(self) -> int:
+        self.nbytes = 0
         """Bytes waiting."""
-        return self._bytes
-
-    @property
-    def has_room(self) -> bool:
+        self.has_room = True
         """Whether more is accepted now of what can wait."""
-        return self._bytes - self._urgent_bytes < self._max_bytes
+        self.when_room: Callable[[], None] | None = None
+        """Called once, when there is room again."""
 
     def put_nowait(self, frame: bytes) -> None:
         """Queue a frame that cannot wait. Raises WouldBlock when too much of that kind is queued."""
-        if self._urgent_bytes >= self._max_bytes:
+        if self._urgent_bytes >= self.max_bytes:
             raise trio.WouldBlock
         self._urgent_bytes += len(frame)
         self.append(frame)
@@ -302,7 +347,8 @@ class Outbox:
     def append(self, frame: bytes) -> None:
         """Queue a frame whether or not there is room: for one who has looked before a bounded batch."""
         self._frames.append(frame)
-        self._bytes += len(frame)
+        self.nbytes += len(frame)
+        self.has_room = self.nbytes - self._urgent_bytes < self.max_bytes
         self._filled.set()
 
     async def put(self, frame: bytes) -> None:
@@ -324,19 +370,29 @@ class Outbox:
         self._room = trio.Event() if self._room.is_set() else self._room
         await self._room.wait()
 
+    def wake(self) -> None:
+        """Have `take` return although nothing may wait here: there is something else to be sent."""
+        self._woken = True
+        self._filled.set()
+
     async def take(self) -> bytes:
-        """Wait for something to send and take all of it, joined."""
-        while not self._frames:
+        """Wait for something to send and take all of it, joined; b"" if woken by `wake`."""
+        while not self._frames and not self._woken:
             self._filled = trio.Event()
             await self._filled.wait()
+        self._woken = False
         return self.take_nowait()
 
     def take_nowait(self) -> bytes:
         """Take all that waits, joined; b"" if nothing does."""
         data = b"".join(self._frames)
         self._frames.clear()
-        self._bytes = self._urgent_bytes = 0
+        self.nbytes = self._urgent_bytes = 0
+        self.has_room = True
         self._room.set()
+        if self.when_room is not None:
+            call, self.when_room = self.when_room, None
+            call()
         return data
 
 
@@ -376,6 +432,16 @@ class Link:
     def send_nowait(self, message: bytes) -> None:
         """Queue a message that cannot wait. Raises WouldBlock when too much of that kind is waiting."""
         self.outbox.put_nowait(self.frame(message))
+
+    def write(self, data: bytes) -> None:
+        """Send whole frames at once, as far as the socket takes them; the writer sends the rest. Does not wait.
+
+        For one who has looked for room in the outbox before a bounded batch.
+        """
+        if self._sending or self._taken or self.outbox.nbytes or not self._guard.send_nowait(data):
+            self.outbox.append(data)
+        elif self._guard.unfinished:
+            self.outbox.wake()
 
     async def receive(self) -> str | bytes:
         """Wait for the next message. Raises ControlClosedError when there will be none."""
@@ -456,7 +522,8 @@ class Link:
         """
         with trio.move_on_after(self._left_s, shield=True):
             try:
-                if rest := self._taken + self.outbox.take_nowait():
+                rest = self._taken + self.outbox.take_nowait()
+                if rest or self._guard.unfinished:
                     await self._guard.send_frames(rest)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 pass

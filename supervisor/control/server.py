@@ -22,6 +22,7 @@ import trio
 import trio_websocket
 
 from supervisor.control.auth import Access, Token, require_safe_address
+from supervisor.control.delivery import Deliveries, DeliveryStatistics
 from supervisor.control.link import NORMAL, GuardedStream, Link, LinkLimits
 from supervisor.control.messages import CLOSE_CODES, SUBPROTOCOL, CloseCode, ShutdownParams, StartParams
 from supervisor.control.session import Session, SessionLimits
@@ -40,6 +41,8 @@ class ControlLimits:
     max_connections: int = 256
     max_handshakes: int = 64
     handshake_s: float = 5.0
+    shared_bytes: int = 1 << 20
+    """Encoded events kept for more subscribers of the same stream, of all connections together."""
     link: LinkLimits = attrs.field(factory=LinkLimits)
     session: SessionLimits = attrs.field(factory=SessionLimits)
 
@@ -54,6 +57,7 @@ class ControlLimits:
         return {
             **own,
             "handshake_s": self.handshake_s,
+            "shared_bytes": self.shared_bytes,
             **attrs.asdict(self.link),
             **attrs.asdict(self.session),
         }
@@ -91,6 +95,7 @@ class ControlStatistics:
     silent: int
     handler_errors: int
     crashes: int
+    delivery: DeliveryStatistics
 
 
 @attrs.define
@@ -125,6 +130,7 @@ class Host:
         self.limits = ControlLimits() if limits is None else limits
         self.on_shutdown = on_shutdown
         self.counts = Counts()
+        self.deliveries = Deliveries(self.limits.shared_bytes)
         self.instance = secrets.token_hex(8)
         self.version = _version()
         self.sessions: set[Session] = set()
@@ -145,6 +151,7 @@ class Host:
             handshakes=len(self.handshakes),
             subscriptions=sum(session.subscriptions for session in self.sessions),
             pending_requests=sum(session.pending for session in self.sessions),
+            delivery=self.deliveries.statistics(),
             **attrs.asdict(self.counts),
         )
 

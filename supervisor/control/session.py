@@ -1,15 +1,4 @@
-"""One client's session: its requests, its subscriptions, and the one task that pumps events into its connection.
-
-How events flow, and why nothing grows when a client is slow:
-
-    journal ──wake──▶ dirty set ──pump──▶ outbox (bounded) ──writer──▶ socket
-
-A subscription holds a cursor and a credit, no events. The journal wakes it, which only marks it dirty; the pump, one task
-for all subscriptions of the connection, goes round the dirty ones, takes a bounded batch from each within its credit, and
-queues it as one `stream.events` notification for as long as the outbox has room. A stalled socket therefore stops the pump,
-and costs a cursor per subscription. The writer sends everything that was queued in a turn at once, so batches grow with
-load and wait for nothing at rest. History that is no longer in memory is fetched from the store in a task per subscription,
-few at a time, each holding one batch.
+"""One client's session: its requests. How the events of its subscriptions get to it: `supervisor.control.delivery`.
 
 Requests: a handler that need not wait is answered on the spot, in order; one that must wait gets a task, so that a
 `stream.wait` delays nobody. Both are bounded (`max_requests`), and reading from the socket never waits for either: a Ping
@@ -25,11 +14,9 @@ Leaving detaches: the subscriptions are closed, the streams go on.
 
 from __future__ import annotations
 
-import base64
 import inspect
 import logging
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, cast
 
@@ -37,6 +24,7 @@ import attrs
 import msgspec
 import trio
 
+from supervisor.control.delivery import Delivery, SessionLimits, Watch
 from supervisor.control.link import Link
 from supervisor.control.messages import (
     METHODS,
@@ -50,7 +38,6 @@ from supervisor.control.messages import (
     CursorMessage,
     DrainParams,
     DrainResult,
-    EventMessage,
     HelloParams,
     HelloResult,
     ListParams,
@@ -85,8 +72,7 @@ from supervisor.control.rpc import (
     result_reply,
 )
 from supervisor.dialects import Snapshot
-from supervisor.errors import ControlClosedError, GapError, SupervisorError
-from supervisor.stores import Event
+from supervisor.errors import ControlClosedError, SupervisorError
 from supervisor.streams import (
     CancelResult,
     Cursor,
@@ -94,145 +80,22 @@ from supervisor.streams import (
     Outcome,
     Stream,
     StreamInfo,
-    Subscription,
     Supervisor,
 )
 
 if TYPE_CHECKING:
     from supervisor.control.server import Host
 
-__all__ = ["Session", "SessionLimits", "encode_events", "encode_text"]
+__all__ = ["Session", "SessionLimits"]
 
 _log = logging.getLogger("supervisor.control")
-
-
-@attrs.frozen(kw_only=True)
-class SessionLimits:
-    """What bounds one client, beside its connection's own limits."""
-
-    max_requests: int = 64
-    """Requests of one connection that are not answered yet."""
-    max_batch: int = 32
-    """Calls in one batch."""
-    max_subscriptions: int = 1024
-    """Subscriptions of one connection."""
-    max_credit: int = 1_000_000
-    """Events one subscription may be sent before it grants more."""
-    notification_events: int = 256
-    """Events in one `stream.events`."""
-    notification_bytes: int = 64 << 10
-    """Payload in one `stream.events`; a single larger event goes alone."""
-    max_fetches: int = 4
-    """Batches of one connection read from the store at the same time."""
-    max_large_replies: int = 2
-    """Replies of one connection that may be large (snapshots, lists, what a reap would do) being made at the same time; none is begun before the outbox has room."""
-    batch_reply_bytes: int = 1 << 20
-    """Replies to one batch; past it, calls in it whose reply may be large are refused, to be made one by one."""
-
-
-# --- events on the wire -----------------------------------------------------------------------------------------------
-
-_encode = msgspec.json.Encoder().encode
-_AfterReply = Callable[[], None]
-
-
-def encode_events(events: Sequence[Event]) -> bytes:
-    """Encode events as the JSON array of the view `events`. The same bytes serve every subscriber of the stream."""
-    return _encoded([_event_message(event) for event in events])
-
-
-def encode_text(events: Sequence[Event]) -> bytes:
-    """Encode events as the JSON array of the view `text`: runs of text joined, everything but `data` as it is."""
-    messages: list[EventMessage] = []
-    run: list[Event] = []
-    for event in events:
-        if event.kind == "data":
-            if event.text:
-                run.append(event)
-            continue
-        messages.extend(_text_message(run))
-        run = []
-        messages.append(_event_message(event))
-    messages.extend(_text_message(run))
-    return _encoded(messages)
-
-
-def _text_message(run: Sequence[Event]) -> Iterator[EventMessage]:
-    if run:
-        end = run[-1]
-        text = "".join([event.text for event in run])
-        yield EventMessage(kind="text", at=end.at, seq=end.seq, first=run[0].seq, last=end.seq, text=text)
-
-
-def _event_message(event: Event) -> EventMessage:
-    if event.kind != "data":
-        # Our own JSON, embedded as it is stored; the declared type says what a reader will find.
-        stored = cast("dict[str, Any]", msgspec.Raw(event.payload))
-        if event.kind == "outcome":
-            return EventMessage(kind="outcome", at=event.at, seq=event.seq, outcome=stored)
-        return EventMessage(kind=event.kind, at=event.at, seq=event.seq, name=event.name, details=stored)
-    data: str | None
-    try:
-        data, data_b64 = event.payload.decode(), None
-    except UnicodeDecodeError:
-        data, data_b64 = None, base64.b64encode(event.payload).decode()
-    return EventMessage(
-        kind="data",
-        at=event.at,
-        seq=event.seq,
-        name=event.name,
-        data=data,
-        data_b64=data_b64,
-        text=event.text,
-    )
-
-
-def _encoded(messages: list[EventMessage]) -> bytes:
-    try:
-        return _encode(messages)
-    except UnicodeEncodeError:  # half a surrogate pair in a text, which JSON of ours must not hand on
-        return _encode(
-            [msgspec.structs.replace(m, text=_sound(m.text), name=_sound(m.name)) for m in messages]
-        )
-
-
-def _sound(text: str) -> str:
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _slices(events: Sequence[Event], max_events: int, max_bytes: int) -> Iterator[Sequence[Event]]:
-    """Cut a batch where an epoch ends, and before a notification would get too large."""
-    start = size = 0
-    for index, event in enumerate(events):
-        size += len(event.payload)
-        full = index - start >= max_events or size > max_bytes
-        if index > start and (full or event.epoch != events[start].epoch):
-            yield events[start:index]
-            start, size = index, len(event.payload)
-    if start < len(events):
-        yield events[start:]
 
 
 # --- a session --------------------------------------------------------------------------------------------------------
 
 
-@attrs.define(eq=False)
-class _Watch:
-    """One subscription of the connection."""
-
-    sub: str
-    stream: Stream
-    events: Subscription
-    encode: Callable[[Sequence[Event]], bytes]
-    credit: int
-    active: bool = False
-    """Whether the reply to `stream.subscribe` has been queued: nothing may be sent before it."""
-    dirty: bool = False
-    fetching: bool = False
-    settling: bool = False
-    closed: bool = False
-    scopes: set[trio.CancelScope] = attrs.field(factory=set)
-    """Of what waits on the subscription's behalf."""
+_encode = msgspec.json.Encoder().encode
+_AfterReply = Callable[[], None]
 
 
 @attrs.frozen
@@ -275,25 +138,19 @@ class Session:
         self._supervisor: Supervisor = host.supervisor
         self._limits: SessionLimits = host.limits.session
         self._client = ""
-        self._watches: dict[str, _Watch] = {}
-        self._next_sub = 0
-        self._dirty: OrderedDict[_Watch, None] = (
-            OrderedDict()
-        )  # a queue from which a dropped one is taken out
-        self._something_dirty = trio.Event()
-        self._fetches = trio.Semaphore(self._limits.max_fetches)
+        self._delivery = Delivery(link, self._limits, host.deliveries)
         self._turns = trio.Semaphore(self._limits.max_large_replies)
         self._pending = 0
         self._cancellable: dict[bytes, trio.CancelScope] = {}
         self._nursery: trio.Nursery
 
     def __repr__(self) -> str:
-        return f"<Session {self._client!r} {self._pending} requests, {len(self._watches)} subscriptions>"
+        return f"<Session {self._client!r} {self._pending} requests, {len(self._delivery)} subscriptions>"
 
     @property
     def subscriptions(self) -> int:
         """How many subscriptions it has."""
-        return len(self._watches)
+        return len(self._delivery)
 
     @property
     def pending(self) -> int:
@@ -306,12 +163,11 @@ class Session:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._link.run)
-                nursery.start_soon(self._pump)
+                nursery.start_soon(self._delivery.run, nursery)
                 while True:
                     self._message(await self._link.receive())
         finally:
-            for watch in list(self._watches.values()):
-                self._drop(watch)
+            self._delivery.stop()
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -564,17 +420,8 @@ class Session:
         if events.first_snapshot is not None:
             snapshot = _snapshot_message(stream, events.first_snapshot)
             events.first_snapshot = None  # the reply has it; the subscription would keep it to its end
-        events.__enter__()  # left in `_drop`, which `run` guarantees
-        self._next_sub += 1
-        watch = _Watch(
-            sub=f"s{self._next_sub}",
-            stream=stream,
-            events=events,
-            encode=encode_text if params.view == "text" else encode_events,
-            credit=min(params.credit, self._limits.max_credit),
-        )
-        self._watches[watch.sub] = watch
-        events.wake = partial(self._mark, watch)
+        events.__enter__()  # left when the delivery drops it, which `run` guarantees
+        watch = self._delivery.add(stream, events, text=params.view == "text", credit=params.credit)
         result = SubscribeResult(
             sub=watch.sub,
             id=stream.id,
@@ -585,29 +432,27 @@ class Session:
             credit=watch.credit,
             snapshot=snapshot,
         )
-        return result, partial(self._activate, watch)
+        return result, partial(self._delivery.activate, watch)
 
     def _check_subscriptions(self) -> None:
         limit = self._limits.max_subscriptions
-        if len(self._watches) >= limit:
+        if len(self._delivery) >= limit:
             raise RpcError(
                 "too_many_subscriptions", f"this connection has {limit} subscriptions", limit=limit
             )
 
     def _credit(self, params: CreditParams) -> CreditResult:
         watch = self._watch(params.sub)
-        watch.credit = min(watch.credit + params.credit, self._limits.max_credit)
-        self._mark(watch)
-        return CreditResult(credit=watch.credit)
+        return CreditResult(credit=self._delivery.grant(watch, params.credit))
 
     def _unsubscribe(self, params: UnsubscribeParams) -> UnsubscribeResult:
         watch = self._watch(params.sub)
         cursor = watch.events.cursor
-        self._drop(watch)
+        self._delivery.drop(watch)
         return UnsubscribeResult(epoch=cursor.epoch, seq=cursor.seq)
 
-    def _watch(self, sub: str) -> _Watch:
-        watch = self._watches.get(sub)
+    def _watch(self, sub: str) -> Watch:
+        watch = self._delivery.get(sub)
         if watch is None:
             raise RpcError(
                 "unknown_subscription", f"there is no subscription {sub!r}; it may have ended", sub=sub
@@ -650,111 +495,6 @@ class Session:
         scope = self._cancellable.get(_encode(params.id))
         if scope is not None:
             scope.cancel()
-
-    # --- the pump ----------------------------------------------------------------------------------------------------
-
-    def _activate(self, watch: _Watch) -> None:
-        watch.active = True
-        self._mark(watch)
-
-    def _mark(self, watch: _Watch) -> None:
-        """Something may be there for a subscription. Called by the journal: cheap, and any number of times."""
-        if watch.dirty or not watch.active or watch.closed or watch.fetching or not watch.credit:
-            return
-        watch.dirty = True
-        self._dirty[watch] = None
-        self._something_dirty.set()
-
-    async def _pump(self) -> None:
-        outbox = self._link.outbox
-        while True:
-            while self._dirty:
-                if not outbox.has_room:
-                    await outbox.wait_room()
-                    continue
-                watch, _ = self._dirty.popitem(last=False)
-                watch.dirty = False
-                self._take(watch)
-            self._something_dirty = trio.Event()
-            await self._something_dirty.wait()
-
-    def _take(self, watch: _Watch) -> None:
-        """Queue one batch of a subscription."""
-        try:
-            batch = watch.events.take_nowait(min(watch.credit, self._limits.notification_events))
-        except SupervisorError as error:
-            self._fail(watch, error)
-            return
-        if batch is None:
-            watch.fetching = True
-            self._nursery.start_soon(self._beside, watch, self._fetch)
-            return
-        for part in _slices(batch, self._limits.notification_events, self._limits.notification_bytes):
-            self._link.outbox.append(self._notification(watch, part))
-        self._taken(watch, batch)
-
-    async def _beside(self, watch: _Watch, work: Callable[[_Watch], Awaitable[None]]) -> None:
-        """Wait for something on a subscription's behalf, until it is dropped."""
-        with trio.CancelScope() as scope:
-            watch.scopes.add(scope)
-            try:
-                if not watch.closed:
-                    await work(watch)
-            except SupervisorError as error:
-                self._fail(watch, error)
-            finally:
-                watch.scopes.discard(scope)
-
-    async def _fetch(self, watch: _Watch) -> None:
-        """Read one batch of a subscription from the store and queue it."""
-        async with self._fetches:
-            batch = await watch.events.next_batch(min(watch.credit, self._limits.notification_events))
-            for part in _slices(batch, self._limits.notification_events, self._limits.notification_bytes):
-                await self._link.outbox.put_made(partial(self._notification, watch, part))
-        watch.fetching = False
-        self._taken(watch, batch)
-
-    def _taken(self, watch: _Watch, batch: Sequence[Event]) -> None:
-        if batch:
-            watch.credit -= len(batch)
-        if watch.events.at_end:
-            self._drop(watch)
-        elif batch:
-            self._mark(watch)
-        elif watch.stream.state == "stopping" and not watch.settling:
-            watch.settling = True
-            self._nursery.start_soon(self._beside, watch, self._settle)
-
-    async def _settle(self, watch: _Watch) -> None:
-        """Follow a stream that is ending: if its outcome cannot be recorded there will be no last event to send."""
-        await watch.stream.wait()
-
-    def _notification(self, watch: _Watch, events: Sequence[Event]) -> bytes:
-        first, last = events[0], events[-1]
-        return self._link.frame(
-            b'{"jsonrpc":"2.0","method":"stream.events","params":{"sub":"%b","epoch":%d,"first":%d,"last":%d,"events":%b}}'
-            % (watch.sub.encode(), first.epoch, first.seq, last.seq, watch.encode(events))
-        )
-
-    def _fail(self, watch: _Watch, error: SupervisorError) -> None:
-        """Tell that a subscription has ended before its stream's outcome."""
-        method = "stream.gap" if isinstance(error, GapError) else "stream.failed"
-        params = {"sub": watch.sub, "error": error_for(error)}
-        self._link.outbox.append(
-            self._link.frame(_encode({"jsonrpc": "2.0", "method": method, "params": params}))
-        )
-        self._drop(watch)
-
-    def _drop(self, watch: _Watch) -> None:
-        """End a subscription: detach from the stream. Idempotent."""
-        if not watch.closed:
-            watch.closed = True
-            watch.events.wake = None
-            watch.events.close()
-            self._watches.pop(watch.sub, None)
-            self._dirty.pop(watch, None)
-            for scope in tuple(watch.scopes):
-                scope.cancel()
 
     HANDLERS: ClassVar[Mapping[str, Callable[[Session, Any], Any]]] = {
         "hello": _hello,

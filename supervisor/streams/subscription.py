@@ -42,25 +42,28 @@ class Subscription:
         self._buffer: Sequence[Event] = ()
         self._index = 0
         self._arrived: trio.Event | None = None
+        self._epoch: int
+        self.seq: int
+        """The position of the last event that was taken. Set by `advance`."""
         self.wake: Callable[[], None] | None = None
         """Called, synchronously and perhaps more than once, when something new may be there. Must not raise."""
         self.first_snapshot: Snapshot | None = None
         """With `after="snapshot"`: the fold up to the cursor this subscription starts from."""
         if after == "start":
-            self._cursor = Cursor(1, 0)
+            self._epoch, self.seq = 1, 0
         elif after == "tail":
-            self._cursor = Cursor(journal.epoch, journal.visible_seq)
+            self._epoch, self.seq = journal.visible_epoch, journal.visible_seq
         elif after == "snapshot":
             self.first_snapshot = stream.snapshot()
-            self._cursor = Cursor(self.first_snapshot.epoch, self.first_snapshot.seq)
+            self._epoch, self.seq = self.first_snapshot.epoch, self.first_snapshot.seq
         elif isinstance(after, Cursor):
             journal.check(after)
-            self._cursor = after
+            self._epoch, self.seq = after.epoch, after.seq
         else:
             raise ConfigurationError("after", after, "a Cursor, 'start', 'tail' or 'snapshot'")
 
     def __repr__(self) -> str:
-        return f"<Subscription to {self._stream.id} at {self._cursor}{', closed' if self._closed else ''}>"
+        return f"<Subscription to {self._stream.id} at {Cursor(self._epoch, self.seq)}{', closed' if self._closed else ''}>"
 
     # --- being a reader ----------------------------------------------------------------------------------------------
 
@@ -102,25 +105,41 @@ class Subscription:
         if self._index < len(self._buffer):  # iteration took a batch and hands it out one at a time
             waiting = self._buffer[self._index]
             return Cursor(waiting.epoch, waiting.seq - 1)
-        return self._cursor
+        return Cursor(self._epoch, self.seq)
 
     @property
     def at_end(self) -> bool:
         """Whether the outcome has been read."""
-        return self._journal.closed and self.cursor.seq >= self._journal.published_seq
+        journal = self._journal
+        return journal.closed and self.seq >= journal.published_seq and self._index >= len(self._buffer)
+
+    @property
+    def tail(self) -> int:
+        """The position of the last event that a reader may see now."""
+        return self._journal.visible_seq
 
     def take_nowait(self, max_events: int | None = None) -> Sequence[Event] | None:
         """Take what is in memory after the cursor: `()` if nothing is new, None if it must be read with `next_batch`.
 
         Raises StoreError if nothing more will come because the outcome could not be recorded.
         """
-        self._check_entered()
-        batch = self._journal.take(self._cursor.seq, max_events or self._max_batch)
+        batch = self.peek_nowait(max_events)
         if batch:
-            self._cursor = Cursor(batch[-1].epoch, batch[-1].seq)
-        elif batch is not None and self._journal.failure is not None and not self._closed:
+            self.advance(batch[-1].epoch, batch[-1].seq)
+        return batch
+
+    def peek_nowait(self, max_events: int | None = None) -> Sequence[Event] | None:
+        """Return what `take_nowait` would take, and leave the cursor where it is. Raises as it does."""
+        self._check_entered()
+        batch = self._journal.take(self.seq, max_events or self._max_batch)
+        if not batch and batch is not None and self._journal.failure is not None and not self._closed:
             raise self._journal.failure
         return batch
+
+    def advance(self, epoch: int, seq: int) -> None:
+        """Move the cursor over events that its reader has got: by `peek_nowait`, or from another reader of the stream."""
+        self._epoch = epoch
+        self.seq = seq
 
     async def next_batch(self, max_events: int | None = None) -> Sequence[Event]:
         """Wait for the next events, at least one; `()` only after the outcome (or `close`).
@@ -133,8 +152,8 @@ class Subscription:
             await trio.lowlevel.checkpoint()
             batch = self.take_nowait(limit)
             if batch is None:
-                batch = await self._journal.fetch(self._cursor, limit)
-                self._cursor = Cursor(batch[-1].epoch, batch[-1].seq)
+                batch = await self._journal.fetch(Cursor(self._epoch, self.seq), limit)
+                self.advance(batch[-1].epoch, batch[-1].seq)
             if batch or self.at_end or self._closed:
                 return batch
             self._arrived = trio.Event()
@@ -152,6 +171,22 @@ class Subscription:
         event = self._buffer[self._index]
         self._index += 1
         return event
+
+    # --- many readers that are woken as one --------------------------------------------------------------------------
+
+    def wake_by(self, wake: Callable[[], None]) -> None:
+        """Have the journal call `wake` in place of this subscription's own: once, for all that share it.
+
+        Only for one that is read with `take_nowait` and its like. Whoever shares it ends it, with `wake_no_more`, when the
+        last of them has left.
+        """
+        self._check_entered()
+        self._journal.remove_waker(self._notify)
+        self._journal.add_waker(wake)
+
+    def wake_no_more(self, wake: Callable[[], None]) -> None:
+        """End what `wake_by` began."""
+        self._journal.remove_waker(wake)
 
     def _notify(self) -> None:
         if self._arrived is not None:

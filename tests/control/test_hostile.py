@@ -486,11 +486,11 @@ async def test_subscriptions_given_up_leave_nothing_queued() -> None:
         session = await clog(scene)
         for sub in subs:
             await peer.tell("stream.credit", sub=sub, credit=1)
-        await until(lambda: len(session._dirty) >= 49)  # the pump may have one in hand
+        await until(lambda: len(session._delivery.behind) == 50)
         for sub in subs:
             await peer.tell("stream.unsubscribe", sub=sub)
         await until(lambda: not session.subscriptions)
-        assert not session._dirty
+        assert not session._delivery.behind
 
 
 async def test_a_subscription_does_not_keep_the_snapshot_it_began_with() -> None:
@@ -502,7 +502,7 @@ async def test_a_subscription_does_not_keep_the_snapshot_it_began_with() -> None
         result = (await peer.call("stream.subscribe", id=stream, after="snapshot"))["result"]
         assert result["snapshot"]["text"] == "begun "
         (session,) = scene.server.sessions
-        (watch,) = session._watches.values()
+        (watch,) = session._delivery._watches.values()
         assert watch.events.first_snapshot is None
 
 

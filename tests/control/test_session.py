@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from supervisor.control import ControlLimits, EventMessage, LinkLimits, SessionLimits, payload_of
-from supervisor.control.session import _slices, encode_events, encode_text
+from supervisor.control.notifications import cut, encode_events, encode_text
 from supervisor.dialects import NATIVE, Delta, Dialect
 from supervisor.errors import StoreError
 from supervisor.stores import Event, MemoryStore, SQLiteStore
@@ -500,13 +500,17 @@ def test_a_notification_stays_within_its_epoch_and_its_size() -> None:
     def event(seq: int, *, epoch: int = 1, size: int = 10) -> Event:
         return Event(epoch, seq, 0.0, "data", b"x" * size)
 
-    def cut(*events: Event) -> list[list[int]]:
-        return [[event.seq for event in part] for part in _slices(events, 3, 100)]
+    def parts(*events: Event) -> list[list[int]]:
+        found: list[list[int]] = []
+        while events:
+            part = cut(events, 3, 100)
+            found.append([event.seq for event in part])
+            events = events[len(part) :]
+        return found
 
-    assert cut() == []
-    assert cut(event(1), event(2), event(3, epoch=2), event(4, epoch=2)) == [[1, 2], [3, 4]]
-    assert cut(*map(event, range(1, 8))) == [[1, 2, 3], [4, 5, 6], [7]]
-    assert cut(event(1, size=60), event(2, size=60), event(3, size=500), event(4)) == [[1], [2], [3], [4]]
+    assert parts(event(1), event(2), event(3, epoch=2), event(4, epoch=2)) == [[1, 2], [3, 4]]
+    assert parts(*map(event, range(1, 8))) == [[1, 2, 3], [4, 5, 6], [7]]
+    assert parts(event(1, size=60), event(2, size=60), event(3, size=500), event(4)) == [[1], [2], [3], [4]]
 
 
 class HesitantStore(MemoryStore):
