@@ -318,7 +318,7 @@ OPENAI_CHAT: Final = Dialect(
         errors=(
             "an `error` in a chunk, also after a finish reason, in a choice or in `x_groq`",
             "an event named `error`",
-            "a finish reason `error` or `insufficient_system_resource`",
+            "a finish reason `error`, `abort` or `insufficient_system_resource`",
         ),
     ),
     asking=Asking(path="/chat/completions"),

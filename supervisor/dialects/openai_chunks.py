@@ -27,7 +27,7 @@ MAX_LABEL_CHARS = 256
 """What is kept of a finish reason. A longer name of the model or id of the response is none."""
 
 _IGNORED_EVENTS: Final = frozenset({"ping", "keepalive", "keep-alive", "heartbeat"})
-_FAILED_FINISHES: Final = frozenset({"error", "insufficient_system_resource"})
+_FAILED_FINISHES: Final = frozenset({"abort", "error", "insufficient_system_resource"})
 ODD_FINISHES: Final = _FAILED_FINISHES | {"null"}
 """Finish reasons that are not reasons: errors, and an odd way to say none. The tolerant way knows what they mean."""
 

@@ -9,7 +9,7 @@ How a body ends well or badly, in the order in which it is asked:
 |---|---|
 | an error from the provider: in an event, as a field named `error`, or as bare JSON between or instead of events | failed(`provider_error`) |
 | more unreadable events than allowed, or a line or event past its limit | failed(`protocol`) |
-| the dialect's end marker, or finish reasons for all choices seen and then the end of the body, however it came | completed; but in a dialect without an end marker an event that was cut off may have had more of the answer: then it is none |
+| the dialect's end marker, or finish reasons for all choices seen and then the end of the body, however it came | completed; but in a dialect without an end marker there may have been more of the answer if the connection was lost, or an event cut off: then it is none |
 | a whole JSON answer in place of a stream | completed, if it says that it ended |
 | the clean end of a body in which nothing is left open, for a dialect whose answers end so (`Endings.clean_end`) | completed(`done`) |
 | a cleanly ended body that is something else: HTML, plain text, other JSON | failed(`protocol`): it was never a stream of this dialect, so nothing of it was cut off |
@@ -263,7 +263,9 @@ class BodyReader:
             return
         if (fault := self._fault_outside()) is not None:
             self._fail("provider_error", fault)
-        elif (reason := self._ending()) is not None and (self._dialect.endings.markers or not self._torn):
+        elif (reason := self._ending()) is not None and (
+            self._dialect.endings.markers or (clean and not self._torn)
+        ):
             self._sink.complete(reason)
         elif clean and whole and self.events and self._dialect.endings.clean_end:
             self._sink.complete("done")
@@ -412,7 +414,12 @@ class BodyReader:
             self.terminal = True
             if not self._sink.sealed:
                 self._sink.complete(reason or "done")
-        elif reason is not None and not self._marked and not self._sink.sealed:
+        elif (
+            reason is not None
+            and not self._marked
+            and not self._sink.sealed
+            and self._dialect.endings.markers
+        ):
             self._marked = True
             self._sink.mark(reason)
 

@@ -8,7 +8,7 @@ climbed when an attempt has died:
 | (the first) | nothing | new |
 | `retry` | nothing: the attempts before it got no event | new |
 | `sequence` | is the beginning of the same response; this attempt sends the rest | goes on |
-| `continuation` | is kept; this attempt's text is joined to it (`dropped` characters of white space at its end are not kept) | new |
+| `continuation` | is kept; with this attempt's first event its text is joined (`dropped` characters of white space are not kept) | new |
 | `restart`, `fallback` | stands until this attempt's first event; then it is withdrawn | new |
 
 What is withdrawn is told by an event of its own, `withdrawn`, which begins a new epoch. So an answer is only given up once there
@@ -69,23 +69,27 @@ def climb(fold: Fold, record: AttemptRecord | Withdrawal) -> None:
 class Refold:
     """Folds a journal that is read back, event by event and in order from the first."""
 
-    __slots__ = ("_dialect", "_reader", "fold")
+    __slots__ = ("_dialect", "_joins", "_reader", "fold")
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
         self._reader = dialect.reader()
+        self._joins: AttemptRecord | None = None
         self.fold = Fold()
 
     def apply(self, event: Event) -> None:
         """Take one event. Raises UnparseableError for one that it cannot read."""
         if event.kind == "attempt":
             record = decode_attempt(event.payload)
-            climb(self.fold, record)
+            self._joins = record if record.rung == "continuation" else None
             if record.rung != "sequence":
                 self._reader = self._dialect.reader()
         elif event.kind == "withdrawn":
             self.fold.reset()
         elif event.kind == "data":
+            if self._joins is not None:
+                climb(self.fold, self._joins)
+                self._joins = None
             for delta in self._reader.read(event.payload, event.name or "message"):
                 self.fold.apply(delta)
 

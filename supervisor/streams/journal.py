@@ -256,6 +256,12 @@ class Journal:
         """The last event a reader may see."""
         return self.durable_seen if self._durable_delivery else self.published_seq
 
+    @property
+    def visible_epoch(self) -> int:
+        """The epoch of the last event a reader may see: a new one may have begun that is not durable yet."""
+        visible = self.visible_seq
+        return next((epoch for epoch, first in reversed(self.epoch_starts) if first <= visible), 1)
+
     def check(self, cursor: Cursor) -> None:
         """Raise GapError unless the cursor's position is part of this history."""
         reached = self.visible_seq

@@ -41,6 +41,7 @@ class Output:
         "_begun",
         "_clocks",
         "_fold",
+        "_joins",
         "_journal",
         "_lifecycle",
         "_max_event_bytes",
@@ -64,6 +65,7 @@ class Output:
         self._undurable = stream._undurable  # noqa: SLF001
         self._streaming = False
         self._begun = False  # whether the answer, as it stands, has anything of the upstream in it
+        self._joins: AttemptRecord | None = None  # what the next event goes on from
         self._withdraws = False  # whether the next event takes the place of all before it
         self.id = stream.id
         self.nursery = nursery
@@ -123,9 +125,9 @@ class Output:
     ) -> None:
         """Journal the start of an attempt; its connect clock starts. `details` are JSON values.
 
-        `rung` says what becomes of what the attempts before it received: see `supervisor.streams.attempts`. With `restart` and
-        `fallback` that is withdrawn, and a new epoch begins, when this attempt's first event comes; with `continuation` what
-        follows is joined to the text, of which the last `dropped` characters are not kept.
+        `rung` says what becomes, when this attempt's first event comes, of what the attempts before it received: see
+        `supervisor.streams.attempts`. With `restart` and `fallback` that is withdrawn, and a new epoch begins; with
+        `continuation` what follows is joined to the text, of which the last `dropped` characters are not kept.
         """
         record = details | {"attempt": number, "cause": cause, "delay_s": delay_s}
         if rung is not None:
@@ -136,10 +138,10 @@ class Output:
         self._journal.add(time.time(), "attempt", msgspec.json.encode(record))
         if rung is not None:
             stream._rungs.append(rung)  # noqa: SLF001
-            self._climb(AttemptRecord(number, rung, dropped))
         stream._attempts = number  # noqa: SLF001
         stream._marked = None  # noqa: SLF001
         self._streaming = False
+        self._joins = AttemptRecord(number, rung, dropped) if rung == "continuation" else None
         self._withdraws = self._begun and rung in ("restart", "fallback")
         stream._enter(State.CONNECTING, "connect")  # noqa: SLF001
         self.flush()
@@ -162,8 +164,8 @@ class Output:
 
     def _climb(self, record: AttemptRecord | Withdrawal) -> None:
         climb(self._fold, record)
-        if self._undurable is not None:
-            self._undurable.append((self._journal.tail_seq, record))
+        if self._undurable is not None:  # shown when the event is that follows on this
+            self._undurable.append((self._journal.tail_seq + isinstance(record, AttemptRecord), record))
 
     def waiting(self) -> None:
         """Between two attempts: only the total clock runs."""
@@ -182,8 +184,12 @@ class Output:
     def append(self, payload: bytes, name: str, deltas: tuple[Delta, ...]) -> None:
         """Add one wire event and fold its deltas. Not published before `flush`. Raises StreamSealedError once sealed."""
         stream = self._stream
-        if self._withdraws:
-            self._withdraw()
+        if not self._streaming:
+            if self._withdraws:
+                self._withdraw()
+            elif self._joins is not None:
+                self._climb(self._joins)
+                self._joins = None
         if len(deltas) == 1:
             delta = deltas[0]
             text = "" if delta.choice else delta.text

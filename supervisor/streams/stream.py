@@ -332,7 +332,7 @@ class Stream:
             )
         if not self._lifecycle.sealed and self._journal.publish():  # so that its cursor is one to go on from
             self._published()
-        return self._shown.snapshot(epoch=self._journal.epoch, seq=self._journal.visible_seq)
+        return self._shown.snapshot(epoch=self._journal.visible_epoch, seq=self._journal.visible_seq)
 
     async def read_snapshot(self) -> Snapshot:
         """Return the fold, from memory or by reading the stored journal. Raises GapError if part of that is gone."""

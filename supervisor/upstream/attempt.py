@@ -147,8 +147,7 @@ class Attempt:
         out.on_abort(exchange.abort)
         try:
             if exchange.status in self._ends:
-                out.complete(out.answer.finish_reason or "done")
-                return None
+                return self._nothing_more(exchange.status)
             if 200 <= exchange.status < 300 and exchange.status not in _NO_STREAM:
                 return await self._read(exchange)
             if exchange.status in _REDIRECTS:
@@ -214,6 +213,14 @@ class Attempt:
             or reader.skipped > self._upstream.max_unparseable  # garbled, which need not happen again
         )
         return Failure(reason, fault, again, self.told, self.begun)
+
+    def _nothing_more(self, status: int) -> Failure | None:
+        """Act on a status that answers a resume with: there is nothing more."""
+        if self._last_event_id:  # nothing after the last event: then that was the last of the answer
+            self.out.complete(self.out.answer.finish_reason or "done")
+            return None
+        message = f"the upstream has nothing more (HTTP {status}), and the answer had no end marker"
+        return Failure("truncated", Fault(kind="truncated", message=message, status=status), again=False)
 
     def _redirected(self, request: httpx.Request, exchange: Exchange) -> Failure | httpx.Request:
         """Follow a redirect of a GET where the credential goes nowhere else; refuse any other."""

@@ -139,7 +139,7 @@ class Circuit:
             self._opened += 1
 
     def succeeded(self, now: float) -> None:
-        """Count an attempt that has begun to deliver. Should it break off later, it has also `failed`."""
+        """Count an attempt that delivered; in `half_open` as soon as it begins to. Should that one break off, it has also `failed`."""
         self._decay(now)
         self._successes += 1
         if self.state(now) == "half_open":

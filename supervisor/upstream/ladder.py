@@ -122,6 +122,7 @@ class Ladder:
         "_here",
         "_lost",
         "_made",
+        "_open_circuit",
         "_owner",
         "_policy",
         "_request",
@@ -158,6 +159,8 @@ class Ladder:
         further is gone with it: it would take what the provider tells again for news."""
         self._lost: Failure | None = None
         """The failure that broke the answer off: what is told if no attempt to go on comes to anything."""
+        self._open_circuit = ""
+        """Which circuit refused the attempt that would have been made."""
         self.passed_over: dict[str, str] = {}
         """Why rungs were not taken at the last decision."""
 
@@ -174,7 +177,8 @@ class Ladder:
         hoped = (
             bool(set(self._policy.resume) - {"sequence"}) or self._upstream.dialect.asking.resume is not None
         )
-        return bool(self.passed_over) and (len(self._targets) > 1 or (self._lost is not None and hoped))
+        hoped = len(self._targets) > 1 or (self._lost is not None and hoped) or bool(self._open_circuit)
+        return bool(self.passed_over) and hoped
 
     @property
     def made(self) -> int:
@@ -202,6 +206,7 @@ class Ladder:
     def next(self, failure: Failure, at: Standing, now: float) -> Step | None:
         """Return the attempt to make after this failure, None if there is none to make."""
         self.passed_over = {}
+        self._open_circuit = ""
         # Only what an attempt added to the answer shows that the upstream is well; a restart begins at nothing each time.
         progress = failure.began and self._rung in (None, "sequence", "continuation")
         self._tries = 1 if progress else self._tries + 1
@@ -230,6 +235,9 @@ class Ladder:
 
     def last(self, failure: Failure) -> Failure:
         """Return the failure to end the stream with, given the last one: the one that broke the answer off, if any did."""
+        if self._open_circuit:
+            message = f"{failure.fault.message}; no further attempt, as {self._open_circuit}"
+            failure = attrs.evolve(failure, fault=msgspec.structs.replace(failure.fault, message=message))
         if self._lost is None or self._lost is failure:
             return failure
         fault = self._lost.fault
@@ -269,7 +277,9 @@ class Ladder:
             return None
         breaker = self._breakers(self._upstream.name)
         if breaker is not None and not breaker.allows(now):
-            self.passed_over[chosen.rung] = f"the circuit of {self._upstream.name} is open"
+            self.passed_over[chosen.rung] = self._open_circuit = (
+                f"the circuit of {self._upstream.name} is open"
+            )
             return None
         return attrs.evolve(chosen, delay_s=delay_s)
 
@@ -280,7 +290,13 @@ class Ladder:
             return (("retry", self._retry),)
         if failure.began and not failure.again:
             return ()
-        if at.answer.choices and all(choice.finish_reason is not None for choice in at.answer.choices):
+        choices = at.answer.choices
+        # Where nothing else ends an answer, a finish reason may come with each event: it does not say that there was no more.
+        if (
+            choices
+            and self._upstream.dialect.endings.markers
+            and all(choice.finish_reason is not None for choice in choices)
+        ):
             self.passed_over["resume"] = "the answer had finished; only its end marker is missing"
             return (("sequence", self._sequence),)
         if not at.begun:

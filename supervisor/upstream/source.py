@@ -179,9 +179,13 @@ class _Climb:
         source, circuit = self._source, self._source._circuits(step.upstream.name)  # noqa: SLF001  # as above
         goes_on = step.rung == "sequence" and self._attempt is not None
 
+        counted = False
+
         def begun() -> None:
+            nonlocal counted
             self._owner = step.upstream
-            if circuit is not None:
+            if circuit is not None and circuit.state(trio.current_time()) != "closed":
+                counted = True
                 circuit.succeeded(trio.current_time())
 
         if step.rung == "fallback":
@@ -205,6 +209,8 @@ class _Climb:
                     circuit.failed(trio.current_time())
                 elif not attempt.begun:
                     circuit.abandoned(trio.current_time())
+                elif not counted:
+                    circuit.succeeded(trio.current_time())
         self._last_payload = attempt.last_payload or self._last_payload
         if attempt.body is not None:
             self._last_event_id = attempt.body.last_event_id

@@ -365,7 +365,7 @@ def test_errors_in_all_their_shapes(*, last: bytes, kind: str, message: str, end
     assert ("Hi", "stop" if ended else None) == (sink.snapshot.text, sink.snapshot.finish_reason)
 
 
-@pytest.mark.parametrize("finish", ["error", "insufficient_system_resource"])
+@pytest.mark.parametrize("finish", ["error", "abort", "insufficient_system_resource"])
 def test_finish_reasons_that_are_errors(finish: str) -> None:
     """A finish reason that says the provider broke off is a failure; the text with it counts."""
     sink = read(chunk(TEXT), chunk({"content": "!"}, finish=finish), DONE)

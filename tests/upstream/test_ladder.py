@@ -16,6 +16,7 @@ from supervisor.dialects import (
     Call,
     Choice,
     Dialect,
+    Endings,
     Fault,
     Progress,
     Snapshot,
@@ -43,6 +44,7 @@ KEEPING = Dialect(
     name="keeping",
     framing="sse",
     reader=OPENAI_CHAT.reader,
+    endings=Endings(markers=("[DONE]",)),
     asking=Asking(path="/ask", resume=resume, continuation=go_on),
 )
 
