@@ -118,7 +118,8 @@ class BodyReader:
     `events` and `skipped` count the events read and those that could not be; `terminal` is true once the dialect's
     end marker was seen. Past `max_unparseable` skipped events the stream is failed(`protocol`). `content_type` helps to
     tell how the body is framed, and what came in place of a stream. `reader` reads on where it stopped in an earlier body
-    of the same answer, `last_event_id` is that of an event stream that this one takes the place of.
+    of the same answer. `last_event_id` is that of an event stream that this one goes on from, and `first_event_id` the first id
+    of that: an event stream that goes on does not begin with it, and one that does has begun anew (failed, `protocol`).
 
     Raises ConfigurationError for a dialect whose framing is not that of a body.
     """
@@ -131,6 +132,7 @@ class BodyReader:
         "_ended",
         "_event_id",
         "_event_id_before",
+        "_first_before",
         "_framing",
         "_head",
         "_limits",
@@ -142,6 +144,7 @@ class BodyReader:
         "_sink",
         "_torn",
         "events",
+        "first_event_id",
         "skipped",
         "terminal",
     )
@@ -157,6 +160,7 @@ class BodyReader:
         max_event_bytes: int = 4 << 20,
         reader: Reader | None = None,
         last_event_id: str = "",
+        first_event_id: str = "",
     ) -> None:
         if dialect.framing not in _DECODERS:
             expected = f"a dialect whose framing is one of {', '.join(sorted(_DECODERS))}"
@@ -187,6 +191,9 @@ class BodyReader:
         self._torn = False
         self._event_id: str | None = None
         self._event_id_before = last_event_id
+        # An event without an id has the last one: where there was only one, beginning anew looks like going on.
+        self._first_before = first_event_id if last_event_id != first_event_id else ""
+        self.first_event_id = first_event_id
         self._seen_comments = 0
         # The beginning of the body, kept until an event shows that it is a stream.
         self._head: bytearray | None = bytearray()
@@ -236,6 +243,10 @@ class BodyReader:
             count, fault = _fault_aside(decoder)
             if fault is not None:
                 del events[count:]
+        if events and not self.events and not self._may_go_on(events[0].id):
+            message = f"asked for what follows event {self._event_id_before[:100]!r}, the upstream began its event stream anew"
+            self._fail("protocol", Fault(kind="protocol", message=message))
+            return
         if not events:
             self._touch(decoder.comments)
         elif self._head is None:
@@ -246,6 +257,12 @@ class BodyReader:
             self._fail("provider_error", fault)
         elif refused is not None or decoder.fault is not None:
             self._fail("protocol", Fault(kind="protocol", message=refused or str(decoder.fault)))
+
+    def _may_go_on(self, first_id: str) -> bool:
+        """Look at the id of the first event. False if the stream that was to be gone on with begins with it again."""
+        if not self.first_event_id:
+            self.first_event_id = first_id
+        return not (self._first_before and first_id == self._first_before)
 
     def end(self, *, clean: bool, cause: str = "") -> None:
         """Say that the body has ended (`clean`: its framing was complete), or that the connection died of `cause`.

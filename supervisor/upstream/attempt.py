@@ -67,6 +67,7 @@ class Attempt:
 
     __slots__ = (
         "_ends",
+        "_first_event_id",
         "_last_event_id",
         "_policy",
         "_transport",
@@ -93,6 +94,7 @@ class Attempt:
         ends: frozenset[int] = frozenset(),
         reader: Reader | None = None,
         last_event_id: str = "",
+        first_event_id: str = "",
         on_begun: Callable[[], None] | None = None,
     ) -> None:
         self.out = out
@@ -103,6 +105,7 @@ class Attempt:
         self._veil = veil_for("", out.max_event_bytes)
         self.reader = upstream.dialect.reader() if reader is None else reader
         self._last_event_id = last_event_id
+        self._first_event_id = first_event_id
         self.on_begun = on_begun
         """Called when the first event has come."""
         self.failed: tuple[str, Fault] | None = None
@@ -177,6 +180,7 @@ class Attempt:
             max_event_bytes=out.max_event_bytes,
             reader=self.reader,
             last_event_id=self._last_event_id,
+            first_event_id=self._first_event_id,
         )
 
         def take(data: bytes) -> bool:

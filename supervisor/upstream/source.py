@@ -109,6 +109,7 @@ class _Climb:
 
     __slots__ = (
         "_attempt",
+        "_first_event_id",
         "_ladder",
         "_last_event_id",
         "_last_payload",
@@ -125,7 +126,7 @@ class _Climb:
         self._attempt: Attempt | None = None
         self._owner: Upstream | None = None  # of the answer as it stands
         self._last_payload = b""
-        self._last_event_id = ""
+        self._first_event_id = self._last_event_id = ""
         self._retry_ms: int | None = None
 
     async def run(self) -> None:
@@ -198,6 +199,7 @@ class _Climb:
             ends=step.upstream.dialect.asking.resume_ends if step.rung == "sequence" else frozenset(),
             reader=self._attempt.reader if goes_on and self._attempt is not None else None,
             last_event_id=self._last_event_id if goes_on else "",
+            first_event_id=self._first_event_id if goes_on else "",
             on_begun=begun,
         )
         failure: Failure | None = None
@@ -214,6 +216,7 @@ class _Climb:
         self._last_payload = attempt.last_payload or self._last_payload
         if attempt.body is not None:
             self._last_event_id = attempt.body.last_event_id
+            self._first_event_id = attempt.body.first_event_id
             self._retry_ms = attempt.body.retry_ms if attempt.body.retry_ms is not None else self._retry_ms
         elif not goes_on:
             self._last_event_id = ""  # it was of a stream that this attempt did not go on with

@@ -162,6 +162,29 @@ async def test_an_answer_with_ids_is(virtual: trio.testing.MockClock) -> None:
         assert run.outcome.rungs == ("sequence",)
 
 
+async def test_a_server_that_begins_anew(virtual: trio.testing.MockClock) -> None:
+    """It does not know `Last-Event-ID`: what it sends again is not joined to what there is; with leave the answer is restarted."""
+    again = [{"send": "id: 1\ndata: a\n\nid: 2\ndata: b\n\n", "then": "drop"}] * 2
+    script = [*again, {"send": "id: 1\ndata: a\n\nid: 2\ndata: b\n\nid: 3\ndata: c\n\ndata: [DONE]\n\n"}]
+    async with play(script) as run:
+        assert run.ending == ("failed", "truncated")
+        assert run.stream.snapshot().text == "ab"
+        assert len(run.requests) == 2
+        assert "began its event stream anew" in run.outcome.message
+    async with play(script, policy=attrs.evolve(POLICY, resume=("sequence", "restart"))) as run:
+        assert run.ending == ("completed", "done")
+        assert run.stream.snapshot().text == "abc"
+        assert run.outcome.rungs == ("sequence", "restart")
+
+
+async def test_a_204_without_an_id_says_nothing_of_the_answer(virtual: trio.testing.MockClock) -> None:
+    """The server was not told what there was, so it cannot say that this was all."""
+    async with play([{"send": "data: half\n\n"}]) as run:
+        assert run.ending == ("failed", "truncated")
+        assert len(run.requests) == 2
+        assert "no end marker" in run.outcome.message
+
+
 async def test_a_policy_without_the_rung(virtual: trio.testing.MockClock) -> None:
     """Is obeyed by feeds as well."""
     async with play([{"send": "id: 1\ndata: x\n\n"}], policy=attrs.evolve(POLICY, resume=())) as run:

@@ -15,7 +15,7 @@ import trio.testing
 from supervisor.dialects import OPENAI_CHAT, Usage
 from supervisor.streams import Cursor, Outcome, Stream, Supervisor, open_supervisor
 from supervisor.streams.attempts import Refold
-from supervisor.upstream import RetryPolicy, StreamTransport, Upstream
+from supervisor.upstream import CircuitPolicy, Circuits, RetryPolicy, StreamTransport, Upstream
 from supervisor.upstream.source import HttpSource
 from tests.upstream.scripted import Peer, serve
 
@@ -243,6 +243,35 @@ async def test_readers_across_a_restart(virtual: trio.testing.MockClock) -> None
         with stream.subscribe("snapshot") as late:
             assert late.first_snapshot is not None
             assert late.first_snapshot.text == "".join(WORDS)
+
+
+async def test_a_continuation_that_comes_to_nothing_changes_nothing(virtual: trio.testing.MockClock) -> None:
+    """The white space at the end is still there, and nothing is marked as joined."""
+    policy = attrs.evolve(QUICK, resume=("continuation",), attempts=3)
+    script = [Answer(chat("One", " ")), Answer([], status=503, ends=True)]
+    async with providers(script) as (one,), open_supervisor() as sup:
+        told = await run(sup, one, policy, MESSAGES, prefill="prefix")
+    assert told.rungs == [None, "continuation", "continuation"]
+    assert (told.ending, told.text, told.joined_at) == (("failed", "truncated"), "One ", ())
+
+
+async def test_an_upstream_that_always_breaks_off_fails(virtual: trio.testing.MockClock) -> None:
+    """Its circuit counts each attempt once, and as what it came to; the stream that it refused says so."""
+    circuits = Circuits(CircuitPolicy(max_failures=2))
+    policy = attrs.evolve(QUICK, resume=("restart",), attempts=9)
+    async with (
+        providers([Answer(chat("One"))]) as (one,),
+        open_supervisor() as sup,
+        StreamTransport() as transport,
+    ):
+        upstream = Upstream(name="one", base_url=one.url)
+        source = HttpSource(upstream, MESSAGES, transport=transport, retry=policy, circuits=circuits.of)
+        broken = await told(await sup.start(source))
+        figures = circuits.of("one").statistics(trio.current_time())
+    assert (figures.state, figures.successes) == ("open", 0)
+    assert broken.outcome.attempts == 3
+    assert "no further attempt, as the circuit of one is open" in broken.outcome.message
+    assert "the circuit of one is open" in broken.of("note")[0]["not_resumed"].values()
 
 
 @pytest.mark.parametrize("delivery", ["immediate", "durable"])
