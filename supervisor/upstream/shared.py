@@ -273,7 +273,7 @@ class SharedReader:
                     continue
                 left -= len(raw)
                 result = reading.body.feed_read(raw)
-            except BaseException as error:  # noqa: BLE001  # whatever it is, it is this stream's: its task raises it
+            except BaseException as error:  # noqa: ASYNC103, BLE001  # whatever it is, it is this stream's: its task raises it
                 self._leave(reading, outcome.Error(error))
             else:
                 if result is not None:
