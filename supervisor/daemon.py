@@ -14,6 +14,7 @@ before the store does: no request can find a store that is closed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -228,7 +229,10 @@ class _Daemon:
                 origins=control.origins,
                 limits=control.limits,
             )
-            ports: tuple[int, ...] = await nursery.start(server.run, control.host, control.port)
+            try:
+                ports: tuple[int, ...] = await nursery.start(server.run, control.host, control.port)
+            except OSError as error:
+                raise _cannot_listen(control.host, control.port, error) from None
             nursery.start_soon(_retain, self._store, config.retention, name="retention")
             self.ending.started = True
             gc.collect()
@@ -255,9 +259,8 @@ class _Daemon:
             yield
 
     def _announce(self, port: int) -> None:
-        host = self._config.control.host
         ready = Ready(
-            url=f"ws://{f'[{host}]' if ':' in host else host}:{port}",
+            url=f"ws://{_address(self._config.control.host, port)}",
             pid=os.getpid(),
             version=version(),
             store=self._path,
@@ -329,6 +332,20 @@ def _request(params: StartParams, upstream: Upstream) -> Mapping[str, Any]:
             "prompt", made_of[:50], f"a request: the dialect {dialect.name} cannot be asked with words alone"
         )
     return dialect.asking.prompt(made_of, params.model)
+
+
+def _address(host: str, port: int) -> str:
+    return f"{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> OSError:
+    """Return the error with the address in it, and what to do; its errno stays."""
+    message = f"cannot listen on {_address(host, port)}: {error.strerror or error}"
+    if error.errno == errno.EADDRINUSE:
+        message += "; another daemon may be running there. --port takes another port, or 0 for any free one"
+    told = OSError(message)
+    told.errno = error.errno
+    return told
 
 
 async def _tell(server: ControlServer) -> None:

@@ -70,11 +70,29 @@ class Shell:
         return out.strip()
 
 
+RESUMING = """
+[retry]
+wait_initial_s = 0.05
+[upstreams.going-on]
+base_url = "{base_url}"
+proxy = "direct"
+prefill = "assistant"
+fallback = ["other"]
+models = {{ stuck = "sim/401" }}
+[upstreams.other]
+base_url = "{base_url}"
+proxy = "direct"
+models = {{ stuck = "sim/stall?at_event=1" }}
+"""
+
+
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
     folder = tmp_path_factory.mktemp("daemon")
-    with simulated_upstream(folder) as base_url, daemon(folder, base_url) as process:
-        yield Shell(process, folder)
+    with simulated_upstream(folder) as base_url:
+        config = RESUMING.format(base_url=base_url)
+        with daemon(folder, base_url, config=config) as process:
+            yield Shell(process, folder)
 
 
 @pytest.fixture
@@ -129,6 +147,76 @@ def test_start_tells_of_retries(shell: Shell) -> None:
     assert "after 2 attempts" in err
 
 
+BREAKS = "sim/drop?after=3&text=one+two+three+four&times={times}&beginning={beginning}&key={key}"
+ANSWER = "one two three four"
+
+
+def test_the_running_text_of_an_answer_that_went_on(shell: Shell) -> None:
+    """White space at a join may be there twice in what is written as it comes; `--final` prints what holds, once."""
+    argv = ("start", "going-on", "hello", "--resume", "continuation")
+    model = BREAKS.format(times=1, beginning="continue", key="joined")
+    code, out, err = shell(*argv, "--model", model, "--key", "joined")
+    assert (code, out) == (Exit.OK, "one two three  four")
+    assert "attempt 2 (continuation) after" in err
+    model = BREAKS.format(times=1, beginning="continue", key="joined at last")
+    code, out, err = shell(*argv, "--model", model, "--final")
+    assert (code, out) == (Exit.OK, ANSWER)
+    assert "attempt 2 (continuation) after" in err
+    assert shell("watch", "--key", "joined", "--final")[1] == ANSWER
+    shown = shell("show", "--key", "joined")[1]
+    assert re.search(
+        r"^attempts +first at going-on: answered, continuation at going-on: answered *$", shown, re.MULTILINE
+    )
+    assert re.search(r"^joined at +13 *$", shown, re.MULTILINE)
+
+
+def test_the_running_text_of_an_answer_that_was_asked_for_again(shell: Shell) -> None:
+    """What was withdrawn stands in what is written as it comes, not with `--final`; who answered is told."""
+    model = BREAKS.format(times=3, beginning="refuse", key="again")
+    argv = ("start", "going-on", "hello", "--resume", "continuation,restart", "--key", "again")
+    code, out, err = shell(*argv, "--model", model)
+    assert (code, out) == (Exit.OK, "one two three " * 2 + ANSWER)
+    assert "attempt 3 (restart) after" in err
+    assert "attempt 4 (fallback to other) after" in err
+    assert err.count("is withdrawn") == 2
+    code, out, err = shell("watch", "--key", "again", "--final")
+    assert (code, out) == (Exit.OK, ANSWER)
+    assert err.count("is withdrawn") == 2
+    assert re.search(
+        r"^attempts +first at going-on: withdrawn, continuation at going-on, restart at going-on: withdrawn, "
+        r"fallback at other: answered *$",
+        shell("show", "--key", "again")[1],
+        re.MULTILINE,
+    )
+
+
+def test_show_does_not_wait_for_what_a_live_stream_says_next(shell: Shell) -> None:
+    """Of a live stream with several attempts it tells those that there are, also where its last event has no text."""
+    argv = ("start", "going-on", "hello", "--model", "stuck", "--detach")
+    stream_id = shell(*argv)[1].strip()
+
+    async def data(client: ControlClient) -> None:
+        async with client.subscribe(stream_id) as events:
+            async for event in events:
+                if event.kind == "data":
+                    assert not event.text
+                    return
+
+    shell.daemon.ask(data)
+    assert re.search(
+        r"^attempts +first at going-on, fallback at other *$", shell("show", stream_id)[1], re.MULTILINE
+    )
+    shell("cancel", stream_id)
+
+
+def test_attempts_are_counted_once(shell: Shell) -> None:
+    """Where the message says after how many attempts, the line does not say it again."""
+    _, _, err = shell(
+        "start", "other", "hello", "--model", "sim/503?times=9&retry_after=0", "--attempts", "2"
+    )
+    assert err.count("after 2 attempts") == 1
+
+
 def test_start_takes_requests(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request is taken as it is, from a file, or from standard input; --model wins over its model."""
     body = json.dumps({"model": "sim/401", "messages": []})
@@ -181,6 +269,12 @@ def test_the_first_command_of_the_readme() -> None:
         (["start", "sim", "--request", "{}", "hello"], "not allowed"),
         (["start", "--model", "m"], "UPSTREAM"),
         (["watch", "x", "--key", "k"], "not allowed"),
+        (["watch", "x", "--events"], "--events needs --json"),
+        (["watch", "--events", "--json"], "--events needs --json, and an ID"),
+        (["watch", "--final"], "--final needs an ID"),
+        (["watch", "x", "--final", "--json"], "--final needs an ID or --key, and no --json"),
+        (["start", "sim", "x", "--model", "m", "--final", "--json"], "--final: not with --json"),
+        (["start", "sim", "x", "--model", "m", "--final", "--detach"], "--final: not with --detach"),
         (["cancel", "--key", "k", "x"], "not allowed"),
         (["start", "sim", "hello"], "--model"),
         (["start", "sim", "hello", "--request", "{}"], "not allowed"),
@@ -271,6 +365,10 @@ def test_watch_from_anywhere(shell: Shell) -> None:
     rest = shell("watch", stream_id, "--after", f"1:{tenth}")[1]
     assert whole == Script(tokens=10).expected_text() + rest
     assert [event["kind"] for event in shell.json("watch", stream_id, "--after", "tail")] == ["outcome"]
+    code, out, err = shell("watch", stream_id, "--after", "1:9999999")
+    assert (code, out) == (1, "")
+    assert f"there is no position 1:9999999; its events 1:1 to 1:{events[-1]['seq']} can be read" in err
+    assert "--after 1:0 gives all" in err
 
 
 def test_watch_all(shell: Shell) -> None:
@@ -362,6 +460,11 @@ def test_cancel(shell: Shell) -> None:
     assert "tokens in, " in (shown := shell("show", budgeted)[1])
     assert "out, estimated]" in shown
     assert shell("cancel", budgeted, "--drain-tokens", "-1")[0] == Exit.USAGE
+    assert shell("cancel", "--label", "kind=cancel") == (
+        0,
+        "",
+        "nothing matched: no live stream has these labels\n",
+    )
     few = {shell.start("sim/endless", "--label", "kind=cancel") for _ in range(3)}
     other = shell.start("sim/endless")
     assert few == {result["id"] for result in shell.json("cancel", "--label", "kind=cancel")}

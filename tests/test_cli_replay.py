@@ -91,7 +91,8 @@ def test_a_missing_file_is_no_reason_to_stop(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [(["--dialect", "opnai-chat"], "openai-chat"), (["--dialect", "native"], "openai-chat"),
+    ("options", "said"), [(["--dialect", "opnai-chat"], "openai-chat"), (["--dialect", "openai-assistant"], "openai-assistants"),
+                          (["--dialect", "native"], "openai-chat"),
                           (["--dialect", "sse", "--chunk", "0"], "1 or more")]
 )  # fmt: skip
 def test_wrong_options(capsys: pytest.CaptureFixture[str], options: list[str], said: str) -> None:

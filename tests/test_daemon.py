@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
 
@@ -182,7 +184,17 @@ def test_what_cannot_be_served(tmp_path: Path, upstream: str) -> None:
             (["--token-file", str(tmp_path / "missing"), "--store", ":memory:"], 2, "missing"),
             (["--port", "99999"], 2, "--port"),
             (["--config", str(tmp_path / "missing.toml")], 2, "missing.toml"),
-            (["--port", port, "--store", ":memory:"], 1, "in use"),
+            (
+                ["--port", port, "--store", ":memory:"],
+                1,
+                f"cannot listen on 127.0.0.1:{port}: Address already in use",
+            ),
+            (["--port", port, "--store", ":memory:"], 1, "--port takes another"),
+            (
+                ["--host", "::1%none", "--port", "0", "--store", ":memory:"],
+                1,
+                "cannot listen on [::1%none]:0: ",
+            ),
             (["--port", "0", "--store", store], 1, "streams.db"),
             (["--port", "0", "--store", str(broken)], 1, "broken.db"),
             (["--port", "0", "--store", "/nowhere/at/all.db"], 1, "/nowhere"),
@@ -324,6 +336,11 @@ async def test_in_process() -> None:
             await is_ready.wait()
             async with connect(told[0].url) as client:
                 assert (await client.health())["status"] == "ok"
+            port = int(told[0].url.rpartition(":")[2])
+            taken = attrs.evolve(config, control=ControlConfig(port=port))
+            with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}") as caught:
+                await run(taken, environ={})
+            assert caught.value.errno == errno.EADDRINUSE
             nursery.cancel_scope.cancel()
         with pytest.raises(ConfigurationError, match="token"):
             await run(

@@ -104,9 +104,23 @@ def _report(error: BaseException) -> int:
     elif isinstance(error, ConfigurationError):
         code = Exit.USAGE
     elif isinstance(error, GapError):
-        message += ", or use --after snapshot"
+        message = _told_gap(error)
     complain(message)
     return code
+
+
+def _told_gap(error: GapError) -> str:
+    """Say what can be read, in the words of the options."""
+    there = f"{error.epoch}:{error.earliest_seq} to {error.epoch}:{error.tail_seq}"
+    what = (
+        f"what follows {error.after_epoch}:{error.after_seq} is not kept any more"
+        if error.after_seq < error.earliest_seq
+        else f"there is no position {error.after_epoch}:{error.after_seq}"
+    )
+    return (
+        f"stream {error.stream_id}: {what}; its events {there} can be read: --after {error.epoch}:{error.earliest_seq - 1} "
+        f"gives all of them, --after snapshot the text so far and what follows"
+    )
 
 
 def _first(error: BaseException) -> BaseException:

@@ -23,7 +23,8 @@ class Exit(enum.IntEnum):
 EXIT_TABLE = {
     Exit.OK: "done; of start and watch: the stream completed, or was started with --detach",
     Exit.FAILURE: "failed: the daemon reported an error, or could not start; demo: an outcome was not as expected",
-    Exit.USAGE: "wrong usage or configuration; replay: a file or dialect that is not there",
+    Exit.USAGE: "wrong usage or configuration; replay: a file that is not there, or a dialect that is nearly a known one "
+    "(any other unknown one is read as generic)",
     Exit.UNREACHABLE: "the daemon cannot be reached, or does not accept the token",
     Exit.NOT_COMPLETED: "the stream ended, but not as completed: failed, cancelled or expired",
     Exit.UNKNOWN_STREAM: "no stream has this id or key",

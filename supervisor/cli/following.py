@@ -3,6 +3,10 @@
 Standard output carries the answer's text and nothing else; what is said about it goes to standard error, as a status line
 that is redrawn on a terminal. The connection is made again if it is lost, and the text goes on where it was.
 
+What has been written cannot be taken back: where an answer broke off and was asked for again, the text that was withdrawn stands in
+the output, and where one went on, white space at the join may stand there twice. With `--final` nothing is written before the
+stream has ended, and then the text that holds.
+
 Ctrl-C never stops a stream by accident: it asks whether to detach (the stream goes on without us) or to cancel. Where there
 is no terminal to ask on it detaches. A second Ctrl-C at the question detaches too.
 """
@@ -60,6 +64,11 @@ _TABLE_STREAMS = 200
 
 def start(options: argparse.Namespace) -> int:
     """Start a stream and follow it; the exit code tells how it ended."""
+    if options.final and (options.json or options.detach):
+        complain(
+            f"--final: not with {'--json (show --json tells it)' if options.json else '--detach, which follows nothing'}"
+        )
+        return Exit.USAGE
     try:
         options.request = _request(options)
     except ValueError as error:
@@ -144,14 +153,22 @@ def _on_detach(options: argparse.Namespace) -> OnDetachMessage:
 
 def watch(options: argparse.Namespace) -> int:
     """Follow one stream, or show all of them."""
-    if options.id is None and options.key is None:
+    one = options.id is not None or options.key is not None
+    for name, needed, given in (
+        ("--events", "--json, and an ID or --key", one and options.json),
+        ("--final", "an ID or --key, and no --json (show --json tells it)", one and not options.json),
+    ):
+        if getattr(options, name.removeprefix("--")) and not given:
+            complain(f"{name} needs {needed}")
+            return Exit.USAGE
+    if not one:
         return as_client(options, _watch_all, reconnect=True)
     return as_client(options, _watch, reconnect=True)
 
 
 async def _watch(client: ControlClient, options: argparse.Namespace) -> int:
     after = Cursor(*options.after) if isinstance(options.after, tuple) else options.after
-    view: Literal["events", "text"] = "events" if options.events and options.json else "text"
+    view: Literal["events", "text"] = "events" if options.events else "text"
     return await _follow(
         client, client.subscribe(options.id, key=options.key, after=after, view=view), options
     )
@@ -194,6 +211,8 @@ async def _follow(client: ControlClient, events: EventStream, options: argparse.
         if options.json and stream.outcome is not None:
             print_json({"kind": "outcome", "seq": stream.tail_seq, "outcome": stream.outcome})
     if following.outcome is not None:
+        if options.final:
+            _show_final((await client.snapshot(events.id)).text)
         if not options.json:
             say(f"{events.id} {told_outcome(following.outcome)}")
         return for_outcome(following.outcome["state"])
@@ -211,7 +230,7 @@ async def _show_events(events: EventStream, options: argparse.Namespace, followi
             await following.take(event)
             print_json(msgspec.to_builtins(event))
         return
-    with _status(events) as status:
+    with _status(events, silent=options.final) as status:
         if events.snapshot is not None:
             status.write(events.snapshot.text)
         async for event in events:
@@ -222,9 +241,10 @@ async def _show_events(events: EventStream, options: argparse.Namespace, followi
 class _Status:
     """Writes the text, and says on standard error what is going on besides."""
 
-    def __init__(self, stream_id: str, spinner: Status | None) -> None:
+    def __init__(self, stream_id: str, spinner: Status | None, *, silent: bool) -> None:
         self._id = stream_id
         self._spinner = spinner
+        self._silent = silent
         self._ends_line = True
         self._characters = 0
 
@@ -234,6 +254,8 @@ class _Status:
         elif event.kind == "attempt" and event.details is not None and event.details.get("cause"):
             details = event.details
             rung = details.get("rung") or "retry"
+            if rung == "fallback":
+                rung = f"fallback to {details.get('upstream')}"
             self.remark(
                 f"attempt {details['attempt']} ({rung}) after {details.get('delay_s', 0):g} s ({details['cause']})"
             )
@@ -245,8 +267,10 @@ class _Status:
             self._spinner.update(Text(f"{self._id}: {self._characters} characters, {event.seq} events"))
 
     def write(self, text: str) -> None:
-        show_text(text)
         self._characters += len(text)
+        if self._silent:
+            return
+        show_text(text)
         self._ends_line = text.endswith("\n") if text else self._ends_line
 
     def remark(self, message: str) -> None:
@@ -261,14 +285,20 @@ class _Status:
             self._ends_line = True
 
 
+def _show_final(text: str) -> None:
+    show_text(text)
+    if sys.stdout.isatty() and not text.endswith("\n"):
+        show_text("\n")
+
+
 @contextlib.contextmanager
-def _status(events: EventStream) -> Iterator[_Status]:
+def _status(events: EventStream, *, silent: bool) -> Iterator[_Status]:
     """Give the writer; with a line that shows progress where the text itself goes elsewhere."""
     with contextlib.ExitStack() as stack:
         spinner = None
-        if sys.stderr.isatty() and not sys.stdout.isatty():
+        if sys.stderr.isatty() and (silent or not sys.stdout.isatty()):
             spinner = stack.enter_context(console(stderr=True).status(Text(events.id)))
-        status = _Status(events.id, spinner)
+        status = _Status(events.id, spinner, silent=silent)
         try:
             yield status
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -25,6 +25,7 @@ from supervisor.cli.render import (
     told_outcome,
 )
 from supervisor.control import CancelResultMessage, ControlClient, StreamMessage
+from supervisor.errors import GapError
 
 __all__ = ["cancel", "drain", "health", "list_streams", "reap", "show", "shutdown", "stats"]
 
@@ -74,6 +75,7 @@ async def _show(client: ControlClient, options: argparse.Namespace) -> int:
     if options.json:
         print_json({"stream": msgspec.to_builtins(stream), "snapshot": msgspec.to_builtins(snapshot)})
         return Exit.OK
+    attempts = await _attempts(client, stream)
     console().print(
         fields_table(
             {
@@ -88,7 +90,8 @@ async def _show(client: ControlClient, options: argparse.Namespace) -> int:
                 "started": moment(stream.created_at),
                 "ended": moment(stream.ended_at) or "-",
                 "lasted": duration(stream.age_s),
-                "attempts": stream.attempts,
+                "attempts": attempts,
+                **({"joined at": snapshot.joined_at} if snapshot.joined_at else {}),
                 "events": f"{stream.events} read, {stream.skipped} unreadable",
                 "journal": f"epoch {stream.epoch}, {stream.tail_seq} events, {stream.durable_seq} durable",
                 "readers": stream.readers,
@@ -109,6 +112,40 @@ async def _show(client: ControlClient, options: argparse.Namespace) -> int:
     for call in snapshot.tool_calls:
         show_text(f"\n--- tool call {call.name} [{call.id}]\n{call.arguments}\n")
     return Exit.OK
+
+
+async def _attempts(client: ControlClient, stream: StreamMessage) -> str:
+    """Tell each attempt, of which upstream it was, and whose text holds; of a single one nothing but that it was one.
+
+    That stands in the journal only, so the journal of a stream with several attempts is read through: of one that has ended
+    its text, of a live one every event up to now.
+    """
+    rungs: Sequence[str] = (stream.outcome or {}).get("rungs") or ()
+    if stream.attempts < 2 and not rungs:
+        return str(stream.attempts)
+    told: list[str] = []
+    holding: set[int] = set()
+    withdrawn: set[int] = set()
+    try:
+        async with client.subscribe(
+            stream.id, view="events" if stream.ended_at is None else "text"
+        ) as events:
+            async for event in events:
+                if event.kind == "attempt" and event.details is not None:
+                    told.append(f"{event.details.get('rung') or 'first'} at {event.details.get('upstream')}")
+                elif event.kind == "withdrawn":
+                    withdrawn |= holding
+                    holding.clear()
+                elif event.text:
+                    holding.add(len(told) - 1)
+                if event.seq >= stream.tail_seq:
+                    break
+    except GapError:
+        return f"{stream.attempts} ({', '.join(rungs)})"
+    return ", ".join(
+        what + (": answered" if number in holding else ": withdrawn" if number in withdrawn else "")
+        for number, what in enumerate(told)
+    )
 
 
 def cancel(options: argparse.Namespace) -> int:
@@ -138,6 +175,8 @@ async def _cancel(client: ControlClient, options: argparse.Namespace) -> int:
     if options.json:
         for result in results:
             print_json(result)
+    elif not results:
+        say("nothing matched: no live stream has these labels" if options.labels else "no stream is live")
     else:
         rows = ((r.id, r.key, r.outcome, styled_state(r.state or "-"), r.reason or "") for r in results)
         console().print(table(("id", "key", "cancel", "state", "reason"), rows))

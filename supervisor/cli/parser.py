@@ -219,6 +219,7 @@ def _add_streams(commands: Any) -> None:
     )
     start.add_argument("--durable", action="store_true", help="show only what is recorded")
     start.add_argument("--detach", action="store_true", help="do not follow: print the id")
+    _final_option(start)
     _interrupt_option(start)
     watch = _client(
         commands, "watch", "following:watch", "follow a stream's text; without ID, all streams as a table"
@@ -232,12 +233,13 @@ def _add_streams(commands: Any) -> None:
         help="where to begin (start)",
     )
     watch.add_argument(
-        "--events", action="store_true", help="with --json: every event as received, not only the text"
+        "--events", action="store_true", help="every event as received, not only the text; needs --json"
     )
     watch.add_argument(
         "--interval", type=_seconds, default=0.5, metavar="S", help="without ID: how often to look (0.5)"
     )
     watch.add_argument("--until-idle", action="store_true", help="without ID: end once no stream is live")
+    _final_option(watch)
     _interrupt_option(watch)
     listing = _client(commands, "list", "inspecting:list_streams", "list streams, newest first")
     listing.add_argument("--state", action="append", choices=_STATES, dest="states")
@@ -306,7 +308,8 @@ def _add_tools(commands: Any) -> None:
         "--dialect",
         required=True,
         metavar="NAME",
-        help="such as openai-chat; sse: no dialect; an unknown one is read as generic",
+        help="such as openai-chat; sse: no dialect. A name that is nearly a known one is an error, any other unknown one is "
+        "read as generic",
     )
     replay.add_argument("--chunk", type=int, metavar="N", help="feed N bytes at a time")
     replay.add_argument("files", nargs="+", metavar="FILE", help="-: standard input")
@@ -323,6 +326,15 @@ def _selector(parser: _Command) -> None:
     parser.add_argument("id", nargs="?", metavar="ID")
     parser.add_argument("--key", help="the stream with this key, in place of ID")
     parser.either = "id", "key"
+
+
+def _final_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--final",
+        action="store_true",
+        help="print the text once, when the stream has ended: without what was withdrawn when the answer was asked for again, "
+        "which the running text cannot take back, and with the joins of an answer that went on made good",
+    )
 
 
 def _interrupt_option(parser: argparse.ArgumentParser) -> None:

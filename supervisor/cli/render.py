@@ -153,8 +153,9 @@ def told_outcome(outcome: Mapping[str, Any] | None) -> str:
         quality = outcome.get("usage_quality", "exact")
         known = {"exact": "", "provider_partial": ", or more"}.get(quality, f", {quality}")
         parts.append(f" [{usage.get('input', '?')} tokens in, {usage.get('output', '?')} out{known}]")
-    if outcome.get("attempts", 1) > 1:
-        parts.append(f" after {outcome['attempts']} attempts")
+    attempts = f"after {outcome.get('attempts', 1)} attempts"
+    if outcome.get("attempts", 1) > 1 and attempts not in (outcome.get("message") or ""):
+        parts.append(f" {attempts}")
     return "".join(parts)
 
 

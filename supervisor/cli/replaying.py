@@ -10,7 +10,7 @@ from pathlib import Path
 
 from supervisor.cli.exits import Exit
 from supervisor.cli.render import complain, visible
-from supervisor.dialects.catalog import BUILTIN
+from supervisor.dialects.catalog import BUILTIN, PRESETS
 from supervisor.dialects.replay import SSE, ReplayResult, replay
 from supervisor.errors import ConfigurationError
 
@@ -23,7 +23,7 @@ def replay_files(options: argparse.Namespace) -> int:
     try:
         replay(dialect, b"", chunk=options.chunk)  # judges the options before any file is opened
     except ConfigurationError as error:
-        mistyped = difflib.get_close_matches(dialect, [*BUILTIN, SSE], n=1, cutoff=0.85)
+        mistyped = difflib.get_close_matches(dialect, [*BUILTIN, *PRESETS, SSE], n=1, cutoff=0.85)
         if error.field != "dialect" or mistyped:
             complain(str(error))
             return Exit.USAGE
