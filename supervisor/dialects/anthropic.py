@@ -35,7 +35,7 @@ import msgspec
 from supervisor.dialects import lenient
 from supervisor.dialects.base import Delta, Fault, ToolCallDelta, UnparseableError, Usage
 from supervisor.dialects.dialect import Asking, Call, Dialect, Endings, chat_prompt
-from supervisor.dialects.faults import error_fault, find_fault, http_fault, shown
+from supervisor.dialects.faults import error_fault, find_fault, flat_fault, http_fault, shown
 from supervisor.dialects.tool_calls import MAX_CALLS
 from supervisor.errors import ConfigurationError
 
@@ -176,6 +176,8 @@ class _MessageReader:
             fault = find_fault(value) or (error_fault(value) if kind == "error" else None)
             if fault is not None:
                 return (Delta(fault=fault),)
+        if (not isinstance(kind, str) or kind not in _EVENTS) and (fault := flat_fault(value)) is not None:
+            return (Delta(fault=fault),)
         if not isinstance(kind, str):
             raise UnparseableError(f"an event without a type: {shown(data, 100)}")
         read = _EVENTS.get(kind)
@@ -563,6 +565,7 @@ ANTHROPIC: Final = Dialect(
         errors=(
             "an event named `error`, or of that type",
             "an `error` in any event, also after the stop reason",
+            "an object that calls itself an error, or is only a message, where an event should be",
         ),
         truncated="the body ends, or the connection is lost, before `message_stop`, even after the stop reason",
     ),

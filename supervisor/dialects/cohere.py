@@ -137,6 +137,8 @@ class _CohereReader:
             raise UnparseableError("the type of an event is not a string")
         if value.get("error") or kind == "error" or isinstance(value.get("message"), str):
             return (Delta(fault=find_fault(value) or error_fault(value)),)
+        if not kind and (fault := find_fault(value)) is not None:
+            return (Delta(fault=fault),)
         delta = value.get("delta")
         if not isinstance(delta, dict):
             delta = {}
@@ -278,7 +280,7 @@ COHERE: Final = Dialect(
         },
         errors=(
             "`message-end` with an `error`, or with the finish reason `ERROR`, `ERROR_LIMIT`, `ERROR_TOXIC` or `TIMEOUT`",
-            "an event named `error`, or an object that is only a message",
+            "an event named `error`, or an object that calls itself an error, or is only a message",
         ),
     ),
     asking=Asking(path="/chat"),

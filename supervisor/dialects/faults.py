@@ -116,6 +116,8 @@ _MESSAGE_FIELDS: Final = (
     "reason",
     "title",
 )
+_BARE: Final = frozenset({"id", "message", "request_id", "requestId", "connectionId", "trace_id"})
+"""What an object may have that is only a message, without being anything else."""
 _CODE_FIELDS: Final = ("code", "type", "status", "error_code", "status_code", "statusCode")
 
 
@@ -218,6 +220,22 @@ def find_fault(value: Any, *, status: int | None = None, lenient: bool = False) 
     if "choices" not in value and _message(value) and (lenient or _coded(value)):
         return error_fault(value, status=status)
     return None
+
+
+def flat_fault(value: dict[str, Any]) -> Fault | None:
+    """Return the fault of an object that is one itself, in a stream whose events are known; None of any other.
+
+    It calls itself an error (`"object": "error"`, a type such as `BadRequestError`) and has a message; or it has a message and
+    nothing that says what else it is, as `{"id": "…", "message": "…"}`. To be asked of what is no event of the dialect.
+    """
+    if not isinstance(value.get("message"), str | dict) or not _message(value):
+        return None
+    kind = value.get("type")
+    named = isinstance(kind, str) and kind.casefold().endswith(("error", "exception"))
+    bare = isinstance(value["message"], str) and all(
+        name in _BARE or (told is None and name != "error") for name, told in value.items()
+    )
+    return error_fault(value) if named or bare or value.get("object") == "error" else None
 
 
 def http_fault(status: int, body: bytes) -> Fault:

@@ -29,7 +29,15 @@ import msgspec
 from supervisor.dialects import lenient
 from supervisor.dialects.base import Delta, Fault, ToolCallDelta, UnparseableError, Usage
 from supervisor.dialects.dialect import Asking, Call, Dialect, Endings, named_model
-from supervisor.dialects.faults import MAX_MESSAGE_CHARS, classify, error_fault, find_fault, http_fault, shown
+from supervisor.dialects.faults import (
+    MAX_MESSAGE_CHARS,
+    classify,
+    error_fault,
+    find_fault,
+    flat_fault,
+    http_fault,
+    shown,
+)
 from supervisor.dialects.partial_arguments import ArgumentsBudget, ArgumentsWriter, PartialValue, parse_path
 from supervisor.dialects.tool_calls import MAX_CALLS
 from supervisor.errors import ConfigurationError
@@ -226,7 +234,7 @@ class _GeminiReader:
             if not isinstance(item, dict):
                 raise UnparseableError(f"not a JSON object: {shown(data, 100)}")
             if not item.get("candidates") or item.get("error"):
-                if (fault := _with_details(find_fault(item), item)) is not None:
+                if (fault := _with_details(find_fault(item) or flat_fault(item), item)) is not None:
                     return (*self._take(chunks), Delta(fault=fault))
                 if isinstance(inner := item.get("response"), dict):
                     item = inner  # noqa: PLW2901 - Code Assist puts each chunk into an envelope
@@ -546,6 +554,7 @@ _ENDINGS: Final = Endings(
     },
     errors=(
         "an object with an `error`, or an array with one",
+        "an object that calls itself an error, or is only a message, where an event should be",
         "a `promptFeedback.blockReason` without candidates: the prompt was refused (kind `content_filter`)",
     ),
 )

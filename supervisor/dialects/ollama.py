@@ -22,7 +22,7 @@ import msgspec
 
 from supervisor.dialects.base import Delta, ToolCallDelta, UnparseableError, Usage
 from supervisor.dialects.dialect import Asking, Call, Dialect, Endings
-from supervisor.dialects.faults import error_fault, find_fault, http_fault, shown
+from supervisor.dialects.faults import error_fault, find_fault, flat_fault, http_fault, shown
 from supervisor.dialects.lenient import count, index, loads, text
 from supervisor.dialects.tool_calls import MAX_CALLS, CallPiece, CallSorter
 from supervisor.errors import ConfigurationError
@@ -120,7 +120,7 @@ class _OllamaReader:
             raise UnparseableError(f"not a JSON object: {shown(data, 100)}")
         message = value.get("message")
         if value.get("error") or isinstance(message, str) or not _KNOWN & value.keys():
-            if (fault := find_fault(value)) is not None:
+            if (fault := find_fault(value) or flat_fault(value)) is not None:
                 return (Delta(fault=fault),)
             if value.get("error") is not None:
                 return (Delta(fault=error_fault(value["error"])),)
@@ -265,7 +265,10 @@ OLLAMA: Final = Dialect(
             "load": "nothing was asked: the model was loaded",
             "unload": "nothing was asked: the model was unloaded",
         },
-        errors=("a line with `error`",),
+        errors=(
+            "a line with `error`",
+            "an object that calls itself an error, or is only a message, where a line should be",
+        ),
     ),
     asking=Asking(path=_CHAT, first=_first, continuation=_continuation),
     abort_stops_billing=True,

@@ -318,6 +318,7 @@ OPENAI_CHAT: Final = Dialect(
         errors=(
             "an `error` in a chunk, also after a finish reason, in a choice or in `x_groq`",
             "an event named `error`",
+            "an object that calls itself an error, or is only a message, where an event should be",
             "a finish reason `error`, `abort` or `insufficient_system_resource`",
         ),
     ),

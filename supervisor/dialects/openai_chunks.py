@@ -14,7 +14,7 @@ import msgspec
 
 from supervisor.dialects import lenient
 from supervisor.dialects.base import Delta, Fault, UnparseableError, Usage
-from supervisor.dialects.faults import error_fault, find_fault, shown
+from supervisor.dialects.faults import error_fault, find_fault, flat_fault, shown
 from supervisor.dialects.tool_calls import MAX_CALLS, CallBudget, CallPiece, CallSorter
 
 __all__ = ["MAX_CHOICES", "MAX_LABEL_CHARS", "ODD_FINISHES", "ChunkReader", "Part", "finish_of", "usage_of"]
@@ -206,7 +206,7 @@ def _chunk_fault(value: dict[str, Any]) -> Fault | None:
     """Return the error that a chunk carries, wherever it carries it."""
     choices = value.get("choices")
     if not choices:
-        if (fault := find_fault(value)) is not None:
+        if (fault := find_fault(value) or flat_fault(value)) is not None:
             return fault
     elif value.get("error") or value.get("errors"):
         return find_fault(value)

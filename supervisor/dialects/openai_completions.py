@@ -182,6 +182,7 @@ OPENAI_COMPLETIONS: Final = Dialect(
         errors=(
             "an `error` in a chunk, also after a finish reason, or in a choice",
             "an event named `error`",
+            "an object that calls itself an error, or is only a message, where an event should be",
             "a finish reason `error`",
         ),
     ),

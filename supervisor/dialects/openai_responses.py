@@ -34,7 +34,7 @@ import msgspec
 from supervisor.dialects import lenient
 from supervisor.dialects.base import Delta, ToolCallDelta, UnparseableError
 from supervisor.dialects.dialect import Asking, Dialect, Endings, named_model
-from supervisor.dialects.faults import error_fault, find_fault, http_fault, shown
+from supervisor.dialects.faults import error_fault, find_fault, flat_fault, http_fault, shown
 from supervisor.dialects.openai_response_items import (
     MAX_INDEX,
     MAX_LABEL_CHARS,
@@ -215,6 +215,8 @@ class _ResponseReader:
             told = value if kind is None else {name: value.get(name) for name in ("error", "errors")}
             if (fault := find_fault(told)) is not None:
                 return (Delta(fault=fault),)
+        if (not isinstance(kind, str) or kind not in _EVENTS) and (fault := flat_fault(value)) is not None:
+            return (Delta(fault=fault),)
         if not isinstance(kind, str):
             raise UnparseableError(f"an event without a type: {shown(data, 100)}")
         number = value.get("sequence_number")
@@ -590,6 +592,7 @@ OPENAI_RESPONSES: Final = Dialect(
             "`response.failed`",
             "an event named `error`, or of that type",
             "an `error` in any other event",
+            "an object that calls itself an error, or is only a message, where an event should be",
         ),
         truncated="the body ends, or the connection is lost, before any of these, even after the last `.done` of an item",
     ),

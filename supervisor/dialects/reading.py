@@ -34,7 +34,7 @@ import msgspec
 
 from supervisor.dialects.base import Delta, Fault, Reader, UnparseableError
 from supervisor.dialects.dialect import Dialect
-from supervisor.dialects.faults import error_fault, find_fault, shown
+from supervisor.dialects.faults import error_fault, find_fault, flat_fault, shown
 from supervisor.errors import ConfigurationError, RemoteProtocolError
 from supervisor.wire.event import WireEvent
 from supervisor.wire.framing import BodyFraming, FramingChooser
@@ -468,7 +468,7 @@ class BodyReader:
         if self._only is not None:
             return find_fault(_json(self._only), lenient=True)
         # Each line was looked at when it came; an error may also be told over several.
-        return None if self._decoder is None else find_fault(_json(self._decoder.stray))
+        return None if self._decoder is None else _stray_fault(_json(self._decoder.stray))
 
 
 def _fault_aside(decoder: _Decoder) -> tuple[int, Fault | None]:
@@ -482,9 +482,14 @@ def _fault_aside(decoder: _Decoder) -> tuple[int, Fault | None]:
             if value is None:
                 value = shown(text[6:], 2000)
             return count, find_fault(value) or error_fault(value)
-        if text.startswith((b"{", b"[")) and (fault := find_fault(_json(text))) is not None:
+        if text.startswith((b"{", b"[")) and (fault := _stray_fault(_json(text))) is not None:
             return count, fault
     return 0, None
+
+
+def _stray_fault(value: Any) -> Fault | None:
+    """Return the error that JSON outside of events tells."""
+    return find_fault(value) or (flat_fault(value) if isinstance(value, dict) else None)
 
 
 def _json(data: bytes) -> Any:

@@ -9,15 +9,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from supervisor.dialects import (
+    ANTHROPIC,
+    COHERE,
+    GEMINI,
+    OLLAMA,
+    OPENAI_CHAT,
+    OPENAI_COMPLETIONS,
+    OPENAI_RESPONSES,
+    Dialect,
+)
 from supervisor.dialects.faults import (
     MAX_MESSAGE_CHARS,
     classify,
     error_fault,
     find_fault,
+    flat_fault,
     http_fault,
     shown,
 )
-from supervisor.dialects.openai_chat import OPENAI_CHAT
+from tests.dialects.answers import read as read_as
 from tests.dialects.bodies import event, read
 
 json_values = st.recursive(
@@ -187,6 +198,74 @@ def test_a_fault_of_minimax() -> None:
         assert (fault.message, fault.code, fault.temporary) == ("insufficient balance", "1008", False)
 
 
+CLOSED = {
+    ANTHROPIC: event({"type": "message_start", "message": {"id": "m", "content": []}}, "message_start"),
+    COHERE: event({"type": "message-start", "id": "m"}),
+    GEMINI: event({"candidates": [{"content": {"parts": [{"text": "Once"}]}}]}),
+    OLLAMA: b'{"model":"m","message":{"content":"Once"},"done":false}\n',
+    OPENAI_CHAT: event({"choices": [{"index": 0, "delta": {"content": "Once"}}]}),
+    OPENAI_COMPLETIONS: event({"choices": [{"index": 0, "text": "Once"}]}),
+    OPENAI_RESPONSES: event({"type": "response.created", "response": {"id": "r"}}),
+}
+"""How an answer begins, in each dialect whose events are known."""
+
+
+@pytest.mark.parametrize("dialect", CLOSED, ids=lambda dialect: dialect.name)
+@pytest.mark.parametrize(
+    "flat",
+    [
+        {"object": "error", "message": "gone"},
+        {"object": "error", "message": "gone", "type": "BadRequestError", "param": None, "code": None},
+        {"type": "invalid_request_error", "message": "gone"},
+        {"type": "ThrottlingException", "message": "gone"},
+        {"object": "error", "type": "problem", "message": "gone"},
+        {"id": "abc", "message": "gone"},
+        {"message": "gone", "request_id": "abc", "code": None},
+        {"detail": "gone"},
+    ],
+    ids=",".join,
+)
+def test_an_error_without_an_envelope(dialect: Dialect, flat: dict[str, Any]) -> None:
+    """An object in place of an event that is an error itself ends the answer with its message, in every dialect."""
+    told = json.dumps(flat).encode() + b"\n" if dialect is OLLAMA else event(flat)
+    sink = read_as(dialect, CLOSED[dialect], told)
+    assert (sink.state, sink.reason) == ("failed", "provider_error")
+    assert sink.fault is not None
+    assert sink.fault.message == "gone"
+
+
+@pytest.mark.parametrize(
+    "news",
+    [
+        {"type": "progress", "message": "loading"},
+        {"step": 1, "message": "loading"},
+        {"error": None, "message": "loading"},
+        {"code": 0, "message": "ok"},
+        {"id": "abc", "message": {"content": "hello"}},
+        {"type": "error", "message": ""},
+        {"message": ["loading"]},
+    ],
+)
+def test_what_is_no_flat_error(news: dict[str, Any]) -> None:
+    """A message beside anything that may say what it is, or none, does not make an object an error."""
+    assert flat_fault(news) is None
+
+
+def test_a_message_of_several_parts() -> None:
+    """Mistral's message may be an object: what is said in it is the message."""
+    fault = flat_fault({"object": "error", "message": {"detail": [{"msg": "gone"}]}, "type": "problem"})
+    assert fault is not None
+    assert fault.message == "gone"
+
+
+@pytest.mark.parametrize("body", [b'{"message": "gone"}\n', b'{\n"message": "gone"\n}\n'])
+def test_a_bare_message_outside_of_events(body: bytes) -> None:
+    """It ends the answer also where it is no event, on one line or several."""
+    sink = read_as(OPENAI_CHAT, CLOSED[OPENAI_CHAT], body)
+    assert sink.fault is not None
+    assert (sink.reason, sink.fault.message) == ("provider_error", "gone")
+
+
 @settings(deadline=None)  # a test asserts no time
 @given(json_values, st.sampled_from([400, 429, 500]))
 def test_any_json_gives_a_bounded_fault(value: Any, status: int) -> None:
@@ -196,6 +275,8 @@ def test_any_json_gives_a_bounded_fault(value: Any, status: int) -> None:
     assert len(fault.message) <= MAX_MESSAGE_CHARS
     assert error_fault(value).message
     find_fault(value)
+    if isinstance(value, dict):
+        flat_fault(value)
 
 
 def test_long_messages_are_cut() -> None:
