@@ -19,7 +19,6 @@ nox.options.reuse_existing_virtualenvs = True
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 SOURCES = ["supervisor", "tests", "benchmarks", "docs", "noxfile.py"]
-BENCHMARKS = ["consume", "decode", "cancel", "memory", "churn", "store", "floor"]
 COVERAGE_FLOOR = 94
 """Percent, branches included. Measured: 95.2, without the processes that tests start (the daemon, most of the command line)."""
 
@@ -49,13 +48,18 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run pytest with branch coverage. Arguments after `--` go to pytest, and then coverage has no floor."""
+    """Run pytest, on all cores, with branch coverage. Arguments after `--` go to pytest, and then coverage has no floor."""
     install(session, "tests")
-    session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest", *session.posargs)
-    session.run("coverage", "combine", "--quiet")
-    floor = "0" if session.posargs else str(COVERAGE_FLOOR)
-    session.run("coverage", "report", "--skip-covered", f"--fail-under={floor}")
+    floor = 0 if session.posargs else COVERAGE_FLOOR
+    session.run(
+        "pytest",
+        "--numprocesses=logical",
+        "--dist=loadfile",
+        "--cov",
+        "--cov-report=term:skip-covered",
+        f"--cov-fail-under={floor}",
+        *(session.posargs or ("-m", "not benchmark")),
+    )
     version = session.python or ".".join(map(str, sys.version_info[:2]))
     session.log(
         f"not run here: versions of Python other than {version}; for one of them, `nox -s tests -P VERSION`"
@@ -72,9 +76,4 @@ def tests(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Run each benchmark once, quickly, to see that it runs. What it measures on a busy machine says nothing."""
     install(session, "bench")
-    for name in BENCHMARKS:
-        report = Path(session.create_tmp()) / f"{name}.json"
-        report.unlink(missing_ok=True)
-        session.run("python", f"benchmarks/{name}.py", "--quick", "--json", str(report))
-        if not report.is_file():
-            session.error(f"benchmarks/{name}.py wrote no report")
+    session.run("pytest", "-m", "benchmark", "tests/test_benchmarks.py", *session.posargs)

@@ -28,7 +28,7 @@ def _run(script: str, tmp_path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 @pytest.mark.parametrize(
     ("script", "tables", "contenders", "aims"),
     [
