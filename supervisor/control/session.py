@@ -411,15 +411,12 @@ class Session:
         after = params.after
         place = Cursor(after.epoch, after.seq) if isinstance(after, CursorMessage) else after
         snapshot: SnapshotMessage | None = None
-        if place == "snapshot" and stream.outcome is not None:  # it may no longer be in memory
-            folded = await stream.read_snapshot()
+        if place == "snapshot":
+            folded = await stream.read_snapshot()  # it may no longer be in memory
             self._check_subscriptions()
             snapshot = _snapshot_message(stream, folded)
             place = Cursor(folded.epoch, folded.seq)
         events = stream.subscribe(place)
-        if events.first_snapshot is not None:
-            snapshot = _snapshot_message(stream, events.first_snapshot)
-            events.first_snapshot = None  # the reply has it; the subscription would keep it to its end
         events.__enter__()  # left when the delivery drops it, which `run` guarantees
         watch = self._delivery.add(stream, events, text=params.view == "text", credit=params.credit)
         result = SubscribeResult(

@@ -39,9 +39,8 @@ def output_bytes(snapshot: Snapshot) -> int:
     )
 
 
-def estimate_usage(snapshot: Snapshot) -> Usage | None:
-    """Return the output that an answer probably took, None if there is none. Nothing is said of the input."""
-    nbytes = output_bytes(snapshot)
+def estimate_usage(nbytes: int) -> Usage | None:
+    """Return the output that an answer of this length probably took, None if there is none. Nothing is said of the input."""
     return Usage(output=estimate_tokens(nbytes)) if nbytes else None
 
 

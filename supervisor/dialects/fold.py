@@ -12,6 +12,9 @@ What the fields mean when they come again:
 - a finish reason and a usage replace the earlier one whole; the usages of one response are never summed, because
   providers that send several send running totals.
 
+A fold can let go of its text (`spill`), where the journal has it and can be folded again: then it holds what came since, and
+knows how much came before.
+
 An answer may take several requests. `go_on` joins what follows to what there is, `reset` withdraws what there is; either way
 what the earlier request used was used, and its usage is added to that of the next.
 """
@@ -19,6 +22,7 @@ what the earlier request used was used, and its usage is added to that of the ne
 from __future__ import annotations
 
 from supervisor.dialects.base import Choice, Delta, Snapshot, ToolCall, ToolCallDelta, Usage
+from supervisor.dialects.estimate import output_bytes
 
 __all__ = ["Fold"]
 
@@ -105,10 +109,27 @@ class Fold:
     `nbytes` is what it holds: the UTF-8 length of its texts and a fixed overhead for each choice and tool call.
     """
 
-    __slots__ = ("_choices", "_joined_at", "_model", "_response_id", "_spent", "_usage", "nbytes")
+    __slots__ = (
+        "_choices",
+        "_joined_at",
+        "_let_go_bytes",
+        "_model",
+        "_response_id",
+        "_spent",
+        "_spilled_bytes",
+        "_spilled_chars",
+        "_usage",
+        "nbytes",
+        "spilled",
+    )
 
     def __init__(self) -> None:
         self.nbytes = 0
+        self.spilled = False
+        """Whether it has let go of text: then `snapshot` has only what came since."""
+        self._let_go_bytes = 0  # of `nbytes`
+        self._spilled_bytes = 0  # of what the model wrote
+        self._spilled_chars = 0  # of the text of choice 0
         self._choices: dict[int, _Choice] = {}
         self._usage: Usage | None = None
         self._spent: Usage | None = None
@@ -136,6 +157,16 @@ class Fold:
         return None if first is None else first.finish_reason
 
     @property
+    def output_bytes(self) -> int:
+        """How much the model wrote, in UTF-8, what was let go of included. Costs as much as there is in memory."""
+        return self._spilled_bytes + output_bytes(self.snapshot())
+
+    @property
+    def grown_bytes(self) -> int:
+        """What `nbytes` would be had nothing been let go of: at least what the model wrote. Costs nothing."""
+        return self._let_go_bytes + self.nbytes
+
+    @property
     def response_id(self) -> str | None:
         """The provider's id of the response."""
         return self._response_id
@@ -147,7 +178,8 @@ class Fold:
 
     def reset(self) -> None:
         """Withdraw the answer so far: the next delta begins another one. What was used stays used."""
-        self.nbytes = 0
+        self.nbytes = self._let_go_bytes = self._spilled_bytes = self._spilled_chars = 0
+        self.spilled = False
         self._choices = {}
         self._spent, self._usage = self.usage, None
         self._model = self._response_id = None
@@ -159,12 +191,27 @@ class Fold:
         self._model = self._response_id = None
         first = self._choices.get(0)
         text = "" if first is None else first.text.joined()
+        length = self._spilled_chars + len(text)
         if first is not None and dropped:
-            kept = text[: len(text) - dropped]
+            kept = text[: max(0, len(text) - dropped)]
             self.nbytes -= _utf8_length(text) - _utf8_length(kept)
             first.text.replace(kept)
-            text = kept
-        self._joined_at += (len(text),)
+            length -= dropped
+            self._spilled_chars = length - len(kept)
+        self._joined_at += (length,)
+
+    def spill(self) -> None:
+        """Let go of all text, and of the tool calls: whoever asks for the answer folds the journal again."""
+        self.spilled = True
+        self._spilled_bytes = self.output_bytes
+        first = self._choices.get(0)
+        self._spilled_chars += 0 if first is None else len(first.text.joined())
+        rest = len(self._choices) * CHOICE_OVERHEAD_BYTES
+        self._let_go_bytes += self.nbytes - rest
+        self.nbytes = rest
+        for index, choice in self._choices.items():
+            kept = self._choices[index] = _Choice()
+            kept.finish_reason = choice.finish_reason
 
     def apply(self, delta: Delta) -> None:
         """Add one delta. O(1) amortised, whatever came before."""

@@ -27,7 +27,7 @@ from __future__ import annotations
 import msgspec
 
 from supervisor.dialects import Fold, Usage
-from supervisor.dialects.estimate import estimate_tokens, estimate_usage, output_bytes
+from supervisor.dialects.estimate import estimate_tokens, estimate_usage
 
 __all__ = ["TokenBudget", "billed"]
 
@@ -35,16 +35,16 @@ __all__ = ["TokenBudget", "billed"]
 class TokenBudget:
     """How much output may still come. Made at the stop, of the fold as it is then."""
 
-    __slots__ = ("_before", "_counted", "_held", "_length", "_measured", "_stated", "limit")
+    __slots__ = ("_before", "_counted", "_grown", "_length", "_measured", "_stated", "limit")
 
     def __init__(self, limit: int, fold: Fold) -> None:
         self.limit = limit
         self._stated = _output(fold.usage)
-        self._length = output_bytes(fold.snapshot())
+        self._length = fold.output_bytes
         self._before: int | None = None  # the output at the stop, once there is a figure to tell it by
         self._counted = 0  # tokens since the stop, by the provider's figures
         self._measured = self._length  # how long the answer was when they were last counted
-        self._held = fold.nbytes  # and what the fold held then
+        self._grown = fold.grown_bytes  # and what the fold came to then
 
     def __repr__(self) -> str:
         return f"<TokenBudget of {self.limit}, {self._counted} counted>"
@@ -53,15 +53,15 @@ class TokenBudget:
         """Return how many tokens may still come: 0 once it is spent, and before that no more than there are."""
         stated = _output(fold.usage)
         # What a fold holds is more than text, and never less: `most` is too high, if anything.
-        most = self._counted + estimate_tokens(max(0, fold.nbytes - self._held))
+        most = self._counted + estimate_tokens(max(0, fold.grown_bytes - self._grown))
         if most < self.limit and stated == self._stated:
             return self.limit - most
-        length = output_bytes(fold.snapshot())
+        length = fold.output_bytes
         if stated is not None and stated != self._stated:
             if self._before is None:
                 share = stated * self._length // length if length else 0
                 self._before = max(self._stated or 0, share)
-            self._stated, self._held, self._measured = stated, fold.nbytes, length
+            self._stated, self._grown, self._measured = stated, fold.grown_bytes, length
             self._counted = max(self._counted, stated - self._before)
         return max(0, self.limit - self._counted - estimate_tokens(max(0, length - self._measured)))
 
@@ -84,7 +84,7 @@ def billed(
     usage = fold.usage
     if usage is not None and completed:
         return usage, "provider_partial" if broken else "exact"
-    guessed = estimate_usage(fold.snapshot()) if estimate else None
+    guessed = estimate_usage(fold.output_bytes) if estimate else None
     if usage is None:
         return guessed, "unknown" if guessed is None else "estimated"
     if guessed is not None and (usage.output or 0) < (guessed.output or 0):

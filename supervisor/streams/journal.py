@@ -233,6 +233,19 @@ class Journal:
         self._first += kept
         self.tail_bytes = held
 
+    def spill(self) -> None:
+        """Let go of all that the store has durably: readers read it from there."""
+        count = max(0, min(len(self._tail), self._store.durable_seq(self.stream_id) + 1 - self._first))
+        self.tail_bytes -= sum([event.nbytes for event in self._tail[:count]])
+        del self._tail[:count]
+        self._first += count
+
+    @property
+    def pending_bytes(self) -> int:
+        """Of `tail_bytes`, what is not durable yet. Costs as much as that are events."""
+        count = 0 if self._closed else self.tail_seq - self._store.durable_seq(self.stream_id)
+        return sum([event.nbytes for event in self._tail[-count:]]) if count > 0 else 0
+
     def _trim(self) -> None:
         durable = self._store.durable_seq(self.stream_id)
         tail, drop, freed = self._tail, 0, 0
@@ -282,8 +295,8 @@ class Journal:
             return None
         return self._tail[start : min(start + max_events, visible + 1 - self._first)]
 
-    async def fetch(self, cursor: Cursor, max_events: int) -> Sequence[Event]:
-        """Read the events after the cursor from the store, with their text. Raises GapError if they are gone."""
+    async def fetch(self, cursor: Cursor, max_events: int, *, texts: bool = True) -> Sequence[Event]:
+        """Read the events after the cursor from the store, with their text if asked. Raises GapError if they are gone."""
         events = await self._store.read(self.stream_id, after_seq=cursor.seq, limit=max_events)
         visible = self.visible_seq
         events = [event for event in events if event.seq <= visible]
@@ -294,7 +307,7 @@ class Journal:
             if again:
                 return again
             raise self._gap(cursor, earliest=events[0].seq if events else self._first)
-        return events if self._dialect is None else await self._with_text(events, self._dialect)
+        return events if self._dialect is None or not texts else await self._with_text(events, self._dialect)
 
     async def _with_text(self, events: Sequence[Event], dialect: Dialect) -> list[Event]:
         """Derive again what `Event.text` said when the event was new.

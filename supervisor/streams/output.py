@@ -232,8 +232,13 @@ class Output:
 
     @property
     def answer(self) -> Snapshot:
-        """The answer so far, for a source that goes on with it."""
+        """The answer so far, for a source that goes on with it; of its text only what is still in memory (see `spilled`)."""
         return self._fold.snapshot()
+
+    @property
+    def spilled(self) -> bool:
+        """Whether the text of `answer` is not all of it, as that is too long to be held."""
+        return self._fold.spilled
 
     @property
     def begun(self) -> bool:

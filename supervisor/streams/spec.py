@@ -159,6 +159,8 @@ class Limits:
     tail_events: int = attrs.field(default=1024, validator=_whole)
     """Newest events of a live stream kept in memory; older ones are read from the store."""
     tail_bytes: int = attrs.field(default=256 << 10, validator=_whole)
+    fold_bytes: int = attrs.field(default=1 << 20, validator=_whole)
+    """Of a live stream's answer kept in memory; once there is more, a snapshot is read back from the store."""
     max_tombstones: int = attrs.field(default=10_000, validator=_whole)
     """Cancels remembered for keys not seen yet; the oldest makes room."""
     tombstone_s: float = attrs.field(default=60.0, validator=_positive)

@@ -60,6 +60,7 @@ __all__ = ["CancelOutcome", "CancelResult", "Stream", "StreamInfo"]
 _log = logging.getLogger("supervisor.streams")
 
 _ENDED_TAIL_BYTES = 16 << 10
+_PAGE = 256  # events folded between two checkpoints
 CancelOutcome = Literal["won", "already_terminal", "requested", "tombstoned"]
 
 
@@ -129,6 +130,7 @@ class Stream:
         "_events",
         "_finishing",
         "_fold",
+        "_fold_bytes",
         "_held",
         "_journal",
         "_last_event",
@@ -179,6 +181,7 @@ class Stream:
         self._source = source
         self._dialect = dialect
         self._max_event_bytes = limits.max_event_bytes
+        self._fold_bytes = limits.fold_bytes
         self._lifecycle = Lifecycle()
         self._journal = Journal(
             stream_id,
@@ -324,27 +327,32 @@ class Stream:
     def snapshot(self) -> Snapshot:
         """Return the fold of everything received so far; with `delivery="durable"`, of everything durable.
 
-        Raises SupervisorError for an ended stream that is no longer in memory: `read_snapshot` reads it from the store.
+        Raises SupervisorError for what is no longer in memory, an ended stream or an answer of more than `Limits.fold_bytes`:
+        `read_snapshot` reads it from the store.
         """
-        if self._restored:
-            raise SupervisorError(
-                f"stream {self.id} is no longer in memory; use `await stream.read_snapshot()`"
-            )
         if not self._lifecycle.sealed and self._journal.publish():  # so that its cursor is one to go on from
             self._published()
+        if self._restored or self._shown.spilled:
+            raise SupervisorError(
+                f"the answer of stream {self.id} is no longer in memory; use `await stream.read_snapshot()`"
+            )
         return self._shown.snapshot(epoch=self._journal.visible_epoch, seq=self._journal.visible_seq)
 
     async def read_snapshot(self) -> Snapshot:
         """Return the fold, from memory or by reading the stored journal. Raises GapError if part of that is gone."""
-        if not self._restored:
-            await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint()
+        if not (self._restored or self._shown.spilled):
             return self.snapshot()
         refold = Refold(self._supervisor.dialect(self.dialect))
         cursor, last = Cursor(1, 0), self._journal.visible_seq
         while cursor.seq < last:
-            for event in await self._journal.fetch(cursor, 1024):
+            events = self._journal.take(cursor.seq, _PAGE)
+            if not events:
+                events = await self._journal.fetch(cursor, _PAGE, texts=False)
+            for event in events:
                 refold.apply(event)
                 cursor = Cursor(event.epoch, event.seq)
+            await trio.lowlevel.checkpoint()
         return refold.fold.snapshot(epoch=cursor.epoch, seq=cursor.seq)
 
     async def recorded(self) -> None:
@@ -511,6 +519,9 @@ class Stream:
 
     def _published(self) -> None:
         self._last_event = self._clocks.touched = trio.current_time()
+        if self._fold.nbytes > self._fold_bytes:
+            self._fold.spill()
+            self._shown.spill()
         held = self._journal.tail_bytes + self._fold.nbytes
         if self._shown is not self._fold:
             held += self._shown.nbytes

@@ -87,6 +87,8 @@ class Standing:
     begun: bool
     """Whether anything of it, as it now stands, is in the journal."""
     answer: Snapshot
+    spilled: bool
+    """Whether the text of `answer` is only a part, as all of it is too long to be held."""
     seq: int
     """The last event of the journal."""
     last_payload: bytes
@@ -228,7 +230,9 @@ class Ladder:
         cause = f"{failure.reason}: {failure.fault.message}"[:_CAUSE_CHARS]
         details: dict[str, Any] = dict(step.details)
         if at.begun and step.rung in ("sequence", "continuation"):
-            details["kept"] = {"seq": at.seq, "chars": len(at.answer.text) - step.dropped}
+            details["kept"] = {"seq": at.seq}
+            if not at.spilled:
+                details["kept"]["chars"] = len(at.answer.text) - step.dropped
         if self.passed_over:
             details["passed_over"] = dict(self.passed_over)
         return attrs.evolve(step, cause=cause, details=details)
@@ -345,6 +349,8 @@ class Ladder:
         if self._here != self._owner:
             return "another upstream began this answer"
         answer = at.answer
+        if at.spilled:
+            return "the answer is too long to be given back"
         if len(answer.choices) > 1:
             return "several choices had begun"
         if answer.tool_calls:

@@ -227,6 +227,7 @@ class _Climb:
         return Standing(
             begun=out.begun,
             answer=out.answer,
+            spilled=out.spilled,
             seq=out.tail_seq,
             last_payload=self._last_payload,
             last_event_id=self._last_event_id,

@@ -67,15 +67,15 @@ def test_a_token_is_four_bytes_rounded_up():
 def test_all_that_the_model_wrote_counts():
     """Text, reasoning, refusal, names and arguments of tool calls, of every choice, as UTF-8; ids are the server's."""
     fold = Fold()
-    assert estimate_usage(fold.snapshot()) is None
+    assert estimate_usage(fold.output_bytes) is None
     fold.apply(Delta(text="äö", reasoning="why", refusal="no"))
     fold.apply(
         Delta(choice=3, tool_calls=(ToolCallDelta(index=0, id="x" * 99, name="look", arguments="{}"),))
     )
     fold.apply(Delta(text="\ud83d"))
 
-    assert output_bytes(fold.snapshot()) == 4 + 3 + 2 + 4 + 2 + 3
-    assert estimate_usage(fold.snapshot()) == Usage(output=5)
+    assert output_bytes(fold.snapshot()) == fold.output_bytes == 4 + 3 + 2 + 4 + 2 + 3
+    assert estimate_usage(fold.output_bytes) == Usage(output=5)
 
 
 # --- what a cancel does that does not say ----------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def standing(text: str = "half an ans", **options: Any) -> Standing:
     given: dict[str, Any] = {
         "begun": True, "answer": answer, "seq": 9, "last_payload": b"{}", "last_event_id": "", "retry_s": None,
     }  # fmt: skip
-    return Standing(**(given | options))
+    return Standing(spilled=False, **(given | options))
 
 
 NOTHING = standing(begun=False, answer={"text": "", "choices": ()}, seq=1)
@@ -212,6 +212,16 @@ def test_a_model_that_takes_no_prefill() -> None:
     assert step is not None
     assert step.rung == "restart"
     assert step.details["passed_over"]["continuation"] == "the model takes none"
+
+
+def test_an_answer_that_is_not_held_is_not_given_back() -> None:
+    """One too long to be in memory is gone on with where the provider has it, and never continued from its end alone."""
+    climb = ladder("continuation", "restart")
+    step = climb.next(CUT, attrs.evolve(standing(), spilled=True), 0.0)
+    assert step is not None
+    assert step.rung == "restart"
+    assert step.details["passed_over"]["continuation"] == "the answer is too long to be given back"
+    assert "kept" not in step.details
 
 
 def test_white_space_at_the_end_is_not_given_back() -> None:
