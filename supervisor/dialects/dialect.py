@@ -75,8 +75,8 @@ class Progress:
     """What a broken attempt left behind, for the request that goes on from there."""
 
     snapshot: Snapshot
-    last_payload: bytes = b""
-    """The last event that is in the journal."""
+    reader: Reader | None = None
+    """The dialect's reader, which has read all events so far: it may know where they stopped."""
     last_event_id: str = ""
     """The event stream's last event id (WHATWG HTML, "Server-sent events"); empty if it has none."""
     path: str = ""

@@ -187,6 +187,11 @@ class _ResponseReader:
         """Return the finish reason, once the response has ended."""
         return self._finish_reason
 
+    @property
+    def last_number(self) -> int | None:
+        """The last sequence number; None if there is none, or they are not to be relied on."""
+        return self._number if self._numbered and self._number >= 0 else None
+
     def _read_error(self, data: bytes) -> tuple[Delta, ...]:
         value: Any
         try:

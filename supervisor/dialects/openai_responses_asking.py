@@ -14,7 +14,7 @@ from urllib.parse import quote
 from supervisor.dialects import lenient
 from supervisor.dialects.base import UnparseableError, Usage
 from supervisor.dialects.dialect import Call, Progress
-from supervisor.dialects.openai_response_items import MAX_INDEX, usage_of
+from supervisor.dialects.openai_response_items import usage_of
 
 __all__ = ["cancel", "resume", "retrieve", "retrieved_usage"]
 
@@ -36,11 +36,8 @@ def resume(request: Mapping[str, Any], progress: Progress) -> Call | None:
     path = _kept(request, progress.snapshot.response_id)
     if path is None:
         return None
-    try:
-        number = lenient.index(lenient.loads(progress.last_payload)["sequence_number"])
-    except (UnparseableError, LookupError, TypeError):
-        return None
-    if number is None or not 0 <= number <= MAX_INDEX:
+    number: int | None = getattr(progress.reader, "last_number", None)  # the dialect's reader has it
+    if number is None:
         return None
     query = f"stream=true&starting_after={number}"
     include = request.get("include")
@@ -62,9 +59,11 @@ def retrieve(request: Mapping[str, Any], response_id: str) -> Call | None:
 
 
 def retrieved_usage(body: bytes) -> Usage | None:
-    """Read the usage out of a response."""
+    """Read the usage out of a response that has ended: before that it may still grow."""
     try:
         value = lenient.loads(body)
     except UnparseableError:
         return None
-    return usage_of(value.get("usage")) if isinstance(value, dict) else None
+    if not isinstance(value, dict) or value.get("status") in ("queued", "in_progress"):
+        return None
+    return usage_of(value.get("usage"))

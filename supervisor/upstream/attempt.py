@@ -77,7 +77,6 @@ class Attempt:
         "body",
         "connected",
         "failed",
-        "last_payload",
         "on_begun",
         "out",
         "reader",
@@ -112,7 +111,6 @@ class Attempt:
         self.connected = False
         self.begun = False
         """Whether anything of this attempt is in the journal."""
-        self.last_payload = b""
         self.told: tuple[bytes, str, tuple[Delta, ...]] | None = None
         self.body: BodyReader | None = None
 
@@ -288,7 +286,6 @@ class Attempt:
                 self.told = (payload, name, deltas)
                 return
             self._begin()
-        self.last_payload = payload
         self.out.append(payload, name, deltas)
 
     def skip(self, payload: bytes, why: str) -> None:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import attrs
 import msgspec
 
-from supervisor.dialects import Call, Delta, Fault, Progress, Snapshot
+from supervisor.dialects import Call, Delta, Fault, Progress, Reader, Snapshot
 from supervisor.upstream.retry import RetryPolicy
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ class Standing:
     """Whether the text of `answer` is only a part, as all of it is too long to be held."""
     seq: int
     """The last event of the journal."""
-    last_payload: bytes
+    reader: Reader | None
+    """What has read it, and reads on if the same response is gone on with."""
     last_event_id: str
     retry_s: float | None
     """The reconnection time that the event stream asked for."""
@@ -331,7 +332,7 @@ class Ladder:
             return f"{self._upstream.dialect.name} has no way to ask for the rest of an answer"
         progress = Progress(
             snapshot=at.answer,
-            last_payload=at.last_payload,
+            reader=at.reader,
             last_event_id=at.last_event_id,
             path=self._upstream.path or asking.path or "",
         )

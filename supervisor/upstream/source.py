@@ -4,7 +4,8 @@ The chain from bytes to journal is one synchronous call (`BodyReader.feed`); wha
 attempt and returns how it failed; `ladder.py` decides, without any I/O, what is done then; this file carries that out.
 
 A stream that was stopped, or given up, may leave the provider generating for nobody. Where the provider can be told, it is told,
-and asked what the answer used, in what remains of the cleanup time.
+and asked what the answer used, in what remains of the cleanup time. So it is of an answer whose place another attempt is to take:
+while that one waits for its turn, and for at most `GIVE_UP_S`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ import random
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+import attrs
 import msgspec
 import trio
 
-from supervisor.dialects import Dialect, Fault
+from supervisor.dialects import Call, Dialect, Fault, Usage
 from supervisor.errors import ConfigurationError, UpstreamError
 from supervisor.upstream.attempt import Attempt, Transport, ask
 from supervisor.upstream.ladder import Breaker, Failure, Ladder, Standing, Step
 from supervisor.upstream.retry import RetryPolicy
-from supervisor.upstream.veil import veil_for
+from supervisor.upstream.veil import Veil, veil_for
 
 if TYPE_CHECKING:
     from supervisor.streams import Output
@@ -31,6 +33,9 @@ __all__ = ["HttpSource", "Transport"]
 
 MAX_REQUEST_BYTES: Final = 32 << 20
 """The largest request body."""
+
+GIVE_UP_S: Final = 2.0
+"""How long the provider of an answer that another takes the place of is given to stop it, before the next attempt, in seconds."""
 
 _RETRIEVED_BYTES: Final = 8 << 20
 _CLEANUP_SHARE: Final = 0.8
@@ -112,11 +117,11 @@ class _Climb:
         "_first_event_id",
         "_ladder",
         "_last_event_id",
-        "_last_payload",
         "_out",
         "_owner",
         "_retry_ms",
         "_source",
+        "_stopped_there",
     )
 
     def __init__(self, source: HttpSource, out: Output) -> None:
@@ -125,8 +130,9 @@ class _Climb:
         self._ladder = source._ladder()  # noqa: SLF001  # one object in two: what is shared by runs, and one run
         self._attempt: Attempt | None = None
         self._owner: Upstream | None = None  # of the answer as it stands
-        self._last_payload = b""
         self._first_event_id = self._last_event_id = ""
+        # The response that its provider has stopped, for another attempt.
+        self._stopped_there: str | None = None
         self._retry_ms: int | None = None
 
     async def run(self) -> None:
@@ -152,10 +158,10 @@ class _Climb:
                 self._fail(ladder.last(failure))
                 return
             out.waiting()
-            wanted = await self._pause(further)
-            if self._stopped(failure.fault) or not wanted:
+            wanted = await self._pause(further, failure)
+            if self._stopped(failure.fault) or wanted is None:
                 return
-            step = further
+            step = wanted
 
     def _stopped(self, fault: Fault | None) -> bool:
         """End a stream that is being stopped, as no attempt is being made that could let its answer end. False if none was asked for."""
@@ -164,17 +170,55 @@ class _Climb:
         self._out.stop(fault)
         return True
 
-    async def _pause(self, step: Step) -> bool:
-        """Wait before an attempt; say whether it is still to be made. If not, its circuit gets back the trial it may have given."""
+    async def _pause(self, step: Step, failure: Failure) -> Step | None:
+        """Wait before an attempt; return it if it is still to be made. If not, its circuit gets back the trial it may have given."""
         wanted = False
+        due = trio.current_time() + step.delay_s
         try:
-            await trio.sleep(step.delay_s)
+            if step.rung != "sequence" and not (failure.began and failure.reason == "provider_error"):
+                step = await self._give_up(step)
+            await trio.sleep_until(due)
             wanted = not (self._out.sealed or self._out.stopping)
         finally:
             circuit = self._source._circuits(step.upstream.name)  # noqa: SLF001  # as above
             if not wanted and circuit is not None:
                 circuit.abandoned(trio.current_time())
-        return wanted
+        return step if wanted else None
+
+    async def _give_up(self, step: Step) -> Step:
+        """Have the provider stop the answer that this attempt will not go on with. A failure of that is told in its record.
+
+        A cancel leaves the provider to `stop_there`.
+        """
+        there = self._there()
+        if there is None or there.response_id == self._stopped_there:
+            return step
+        why: str | None = "it did not answer in time"
+        with trio.move_on_after(GIVE_UP_S):
+            answered = await there.ask(there.cancel)
+            why = answered if isinstance(answered, str) else there.refusal(*answered)
+        if why is not None:
+            return attrs.evolve(step, details={**step.details, "not_stopped": why})
+        self._stopped_there = there.response_id
+        return step
+
+    def _there(self) -> _Kept | None:
+        """Return the answer as the provider has it, if it can be stopped there."""
+        upstream, response_id = self._owner, self._out.answer.response_id
+        if upstream is None or upstream.dialect.asking.cancel is None or response_id is None:
+            return None
+        request = upstream.asked(self._source._request)  # noqa: SLF001  # as above
+        call = upstream.dialect.asking.cancel(request, response_id)
+        if call is None:
+            return None
+        return _Kept(
+            transport=self._source._transport,  # noqa: SLF001
+            upstream=upstream,
+            request=request,
+            response_id=response_id,
+            cancel=call,
+            max_event_bytes=self._out.max_event_bytes,
+        )
 
     async def _make(self, step: Step) -> Failure | None:
         source, circuit = self._source, self._source._circuits(step.upstream.name)  # noqa: SLF001  # as above
@@ -213,7 +257,6 @@ class _Climb:
                     circuit.abandoned(trio.current_time())
                 elif not counted:
                     circuit.succeeded(trio.current_time())
-        self._last_payload = attempt.last_payload or self._last_payload
         if attempt.body is not None:
             self._last_event_id = attempt.body.last_event_id
             self._first_event_id = attempt.body.first_event_id
@@ -229,7 +272,7 @@ class _Climb:
             answer=out.answer,
             spilled=out.spilled,
             seq=out.tail_seq,
-            last_payload=self._last_payload,
+            reader=None if self._attempt is None else self._attempt.reader,
             last_event_id=self._last_event_id,
             retry_s=None if retry_ms is None else retry_ms / 1000,
         )
@@ -244,38 +287,68 @@ class _Climb:
 
     async def stop_there(self) -> None:
         """Have the provider stop an answer that nobody will read, and report what it used. Bounded by the caller."""
-        upstream, out = self._owner, self._out
-        if upstream is None:
+        there, out = self._there(), self._out
+        if there is None:
             return
-        transport = self._source._transport  # noqa: SLF001  # as above
-        asking, response_id = upstream.dialect.asking, out.answer.response_id
-        if asking.cancel is None or response_id is None:
-            return
-        request = upstream.asked(self._source._request)  # noqa: SLF001
-        call = asking.cancel(request, response_id)
-        veil = None  # what is answered may repeat the credential
+        call = there.retrieve() if there.response_id == self._stopped_there else there.cancel
         while call is not None:
-            try:
-                veil = veil_for(upstream.secret(), out.max_event_bytes)
-                status, body = await ask(
-                    transport, upstream, upstream.placed(call), max_bytes=_RETRIEVED_BYTES
-                )
-            except (UpstreamError, ConfigurationError, trio.ClosedResourceError) as exc:
-                why = str(exc) if veil is None else veil.shortened(str(exc))
-                out.cleanup_failed(f"the provider could not be told to stop: {why}")
+            answered = await there.ask(call)
+            if isinstance(answered, str):
+                out.cleanup_failed(f"the provider could not be told to stop: {answered}")
                 return
-            usage = asking.usage(body) if asking.usage is not None and 200 <= status < 300 else None
-            if usage is not None:
+            if (usage := there.usage(*answered)) is not None:
                 out.report_usage(usage)
                 return
-            if not 200 <= status < 300 and call.method != "GET":
-                message = upstream.dialect.fault(status, body).message
-                message = message if veil is None else veil.shortened(message)
-                out.cleanup_failed(f"the provider refused to stop: {message}")
+            if call.method != "GET" and (why := there.refusal(*answered)) is not None:
+                out.cleanup_failed(f"the provider refused to stop: {why}")
                 return
             if call.method == "GET":
                 await trio.sleep(_ASK_AGAIN_S)
-            call = asking.retrieve(request, response_id) if asking.retrieve is not None else None
+            call = there.retrieve()
+
+
+@attrs.define(kw_only=True)
+class _Kept:
+    """An answer that its provider goes on with whether anybody listens or not, and that can be stopped there."""
+
+    transport: Transport
+    upstream: Upstream
+    request: Mapping[str, Any]
+    response_id: str
+    cancel: Call
+    """The request that stops it."""
+    max_event_bytes: int
+    _veil: Veil | None = None
+    """Over what the provider says: it may repeat the credential."""
+
+    async def ask(self, call: Call) -> tuple[int, bytes] | str:
+        """Make a request about the answer; return the status and the body, or why there is none."""
+        try:
+            self._veil = veil_for(self.upstream.secret(), self.max_event_bytes)
+            return await ask(
+                self.transport, self.upstream, self.upstream.placed(call), max_bytes=_RETRIEVED_BYTES
+            )
+        except (UpstreamError, ConfigurationError, trio.ClosedResourceError) as exc:
+            return self._hidden(str(exc))
+
+    def retrieve(self) -> Call | None:
+        """Return the request that asks how it stands."""
+        retrieve = self.upstream.dialect.asking.retrieve
+        return None if retrieve is None else retrieve(self.request, self.response_id)
+
+    def usage(self, status: int, body: bytes) -> Usage | None:
+        """Return the usage that an answer states, if it does."""
+        usage = self.upstream.dialect.asking.usage
+        return usage(body) if usage is not None and 200 <= status < 300 else None
+
+    def refusal(self, status: int, body: bytes) -> str | None:
+        """Return why the provider did not do what it was asked; None if it did."""
+        if 200 <= status < 300:
+            return None
+        return self._hidden(self.upstream.dialect.fault(status, body).message)
+
+    def _hidden(self, message: str) -> str:
+        return message if self._veil is None else self._veil.shortened(message)
 
 
 def _no_circuit(name: str) -> None:

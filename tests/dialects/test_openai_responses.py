@@ -621,12 +621,16 @@ def test_a_failure_without_a_message() -> None:
 # --- what is asked ---
 
 BACKGROUND = {"model": "m", "input": "Hi", "background": True, "stream": True}
+NUMBERED = b'{"type":"keepalive","sequence_number":4}'
 
 
-def resumed(request: dict[str, Any], payload: bytes, response_id: str | None = "resp_1") -> Any:
+def resumed(request: dict[str, Any], *payloads: bytes, response_id: str | None = "resp_1") -> Any:
     assert OPENAI_RESPONSES.asking.resume is not None
     before = copy.deepcopy(request)
-    progress = Progress(snapshot=Snapshot(response_id=response_id), last_payload=payload)
+    reader = OPENAI_RESPONSES.reader()
+    for payload in payloads:
+        reader.read(payload)
+    progress = Progress(snapshot=Snapshot(response_id=response_id), reader=reader)
     call = OPENAI_RESPONSES.asking.resume(request, progress)
     assert request == before
     return call and (call.method, call.path, call.body)
@@ -639,30 +643,37 @@ def test_resume() -> None:
     wanted = {**BACKGROUND, "store": True, "include": ["reasoning.encrypted_content", 5, "a&b"]}
     path = "/responses/resp_1?stream=true&starting_after=41&include[]=reasoning.encrypted_content&include[]=a%26b"
     assert resumed(wanted, payload) == ("GET", path, None)
-    assert resumed(BACKGROUND, payload, "a:b@c")[1].startswith("/responses/a%3Ab%40c?")
+    assert resumed(BACKGROUND, payload, response_id="a:b@c")[1].startswith("/responses/a%3Ab%40c?")
+
+
+def test_resume_after_an_event_without_a_number() -> None:
+    """The rest is what follows the last event that had one, however many came after it without."""
+    alive, odd = b'{"type":"keepalive"}', b'{"type":"keepalive","sequence_number":"x"}'
+    payload = data_of(numbered(text("x"), first=7)[0])
+    expected = ("GET", "/responses/resp_1?stream=true&starting_after=7", None)
+    assert resumed(BACKGROUND, payload, alive, odd, alive) == expected
+    assert resumed(BACKGROUND, payload, b'{"type":"keepalive","sequence_number":8}', alive)[1][-1] == "8"
+    assert resumed(BACKGROUND, payload, b'{"type":"keepalive","sequence_number":7}') is None  # they are none
 
 
 @pytest.mark.parametrize(
     ("request_", "payload", "response_id"),
     [
-        ({"model": "m"}, b'{"sequence_number":4}', "resp_1"),
-        ({**BACKGROUND, "background": "yes"}, b'{"sequence_number":4}', "resp_1"),
-        ({**BACKGROUND, "store": False}, b'{"sequence_number":4}', "resp_1"),
+        ({"model": "m"}, NUMBERED, "resp_1"),
+        ({**BACKGROUND, "background": "yes"}, NUMBERED, "resp_1"),
+        ({**BACKGROUND, "store": False}, NUMBERED, "resp_1"),
         (BACKGROUND, b"", "resp_1"),
-        (BACKGROUND, b"[1]", "resp_1"),
-        (BACKGROUND, b"{}", "resp_1"),
-        (BACKGROUND, b'{"sequence_number":true}', "resp_1"),
-        (BACKGROUND, b'{"sequence_number":-1}', "resp_1"),
-        (BACKGROUND, b'{"sequence_number":"4&x"}', "resp_1"),
-        *(
-            (BACKGROUND, b'{"sequence_number":4}', one)
-            for one in (None, "", "..", "a/b", "a?b", "a b", "x" * 257, "é")
-        ),
+        (BACKGROUND, b'{"type":"keepalive"}', "resp_1"),
+        (BACKGROUND, NUMBERED.replace(b"4", b"true"), "resp_1"),
+        (BACKGROUND, NUMBERED.replace(b"4", b"-1"), "resp_1"),
+        (BACKGROUND, NUMBERED.replace(b"4", b"1e30"), "resp_1"),
+        (BACKGROUND, NUMBERED.replace(b"4", b'"4&x"'), "resp_1"),
+        *((BACKGROUND, NUMBERED, one) for one in (None, "", "..", "a/b", "a?b", "a b", "x" * 257, "é")),
     ],
 )
 def test_no_resume(request_: dict[str, Any], payload: bytes, response_id: str | None) -> None:
     """What is not kept, not numbered or has no proper id cannot be resumed."""
-    assert resumed(request_, payload, response_id) is None
+    assert resumed(request_, payload, response_id=response_id) is None
 
 
 def test_cancel_and_retrieve() -> None:
@@ -682,6 +693,9 @@ def test_cancel_and_retrieve() -> None:
         assert asking.cancel(request, response_id) is None
         assert asking.retrieve(request, response_id) is None
     assert asking.usage(json.dumps({"usage": USAGE}).encode()) == Usage(20, 9, 5, 8)
+    assert asking.usage(json.dumps({"status": "cancelled", "usage": USAGE}).encode()) == Usage(20, 9, 5, 8)
+    for status in ("queued", "in_progress"):  # not its last word
+        assert asking.usage(json.dumps({"status": status, "usage": USAGE}).encode()) is None
     for body in (b"", b"[]", b"{}", b'{"usage":null}', b'{"usage":{"input_tokens":"x"}}'):
         assert asking.usage(body) is None
 

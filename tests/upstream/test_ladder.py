@@ -90,7 +90,7 @@ def standing(text: str = "half an ans", **options: Any) -> Standing:
     choice = Choice(index=0, text=text, reasoning="", refusal="", tool_calls=(), finish_reason=None)
     answer = attrs.evolve(Snapshot(text=text, choices=(choice,)), **options.pop("answer", {}))
     given: dict[str, Any] = {
-        "begun": True, "answer": answer, "seq": 9, "last_payload": b"{}", "last_event_id": "", "retry_s": None,
+        "begun": True, "answer": answer, "seq": 9, "reader": None, "last_event_id": "", "retry_s": None,
     }  # fmt: skip
     return Standing(spilled=False, **(given | options))
 

@@ -22,6 +22,11 @@ SECRET = "sk-test-0123456789abcdef"
 BACKGROUND = {"model": "m", "input": "count", "background": True}
 CREATED = {"type": "response.created", "sequence_number": 0, "response": {"id": "resp_1", "status": "queued"}}
 DELTA = {"type": "response.output_text.delta", "sequence_number": 1, "item_id": "i", "delta": "Hello there"}
+DONE = {
+    "type": "response.completed",
+    "sequence_number": 2,
+    "response": {"id": "resp_1", "status": "completed", "output": []},
+}
 STOPPED = b'{"id": "resp_1", "status": "cancelled", "usage": {"input_tokens": 3, "output_tokens": 4}}'
 
 
@@ -112,9 +117,9 @@ async def test_a_provider_that_repeats_the_credential_when_told_to_stop(
 
 
 async def test_a_stop_while_another_upstream_is_asked(virtual: trio.testing.MockClock) -> None:
-    """Told to stop is the provider whose answer there is, which knows it; not the one that has not answered yet."""
+    """Told to stop, and asked what it used, is the provider whose answer there is; not the one that has not answered yet."""
     partial, gone, stopped = events(CREATED, DELTA, cut=True), whole(404, b"{}"), whole(200, STOPPED)
-    one = Provider(lambda self: (partial, gone, stopped)[len(self.asked) - 1])
+    one = Provider(lambda self: (partial, gone, stopped, stopped)[len(self.asked) - 1])
     two = Provider(lambda _: None)
     async with providers(one, two), open_supervisor() as sup, StreamTransport(trust_env=False) as transport:
         upstream = responses(one, fallback=[responses(two, "two")])
@@ -124,11 +129,100 @@ async def test_a_stop_while_another_upstream_is_asked(virtual: trio.testing.Mock
         await stream.cancel(mode="abort")
         outcome = await stream.wait()
     assert outcome.rungs == ("sequence", "fallback")
-    assert one.asked[2:] == ["POST /responses/resp_1/cancel"]
+    assert one.asked[2:] == ["POST /responses/resp_1/cancel", "GET /responses/resp_1"]
     assert two.asked == ["POST /responses"]
     assert outcome.cleanup_error is None
     assert outcome.usage is not None
     assert (outcome.usage.input, outcome.usage_quality) == (3, "provider_partial")
+
+
+@pytest.mark.parametrize(
+    ("stopping", "told", "waited"),
+    [
+        (whole(200, STOPPED), None, 1.0),
+        (whole(500, b'{"error": "cannot stop"}'), "cannot stop", 1.0),
+        (None, "it did not answer in time", 2.0),
+    ],
+    ids=["stopped", "refused", "silent"],
+)
+async def test_an_answer_that_another_takes_the_place_of_is_stopped(
+    stopping: bytes | None, told: str | None, waited: float, virtual: trio.testing.MockClock
+) -> None:
+    """Its provider is told before the next attempt, which says so if it did not stop, and waits for it no longer than 2 s."""
+    partial = events(CREATED, DELTA, cut=True)
+    told_last: list[float] = []
+
+    def answer(self: Provider) -> bytes | None:
+        if self.asked[-1].endswith("/cancel"):
+            return stopping
+        told_last.append(trio.current_time())
+        return partial if len(self.asked) == 1 else events(CREATED, DELTA, DONE)
+
+    one = Provider(answer)
+    async with providers(one), open_supervisor() as sup, StreamTransport(trust_env=False) as transport:
+        policy = RetryPolicy(attempts=2, wait_initial_s=2.0, resume=("restart",))
+        source = HttpSource(responses(one), BACKGROUND, transport=transport, retry=policy, draw=lambda: 0.5)
+        stream = await sup.start(source)
+        outcome = await stream.wait()
+        with stream.subscribe() as all_events:
+            made = [json.loads(one.payload) async for one in all_events if one.kind == "attempt"]
+    assert one.asked == ["POST /responses", "POST /responses/resp_1/cancel", "POST /responses"]
+    assert (outcome.state, outcome.rungs, stream.snapshot().text) == (
+        "completed",
+        ("restart",),
+        "Hello there",
+    )
+    assert made[1].get("not_stopped") == told
+    assert told_last[1] - told_last[0] == pytest.approx(waited, abs=0.5)
+
+
+@pytest.mark.parametrize("rung", ["provider_error", "sequence"])
+async def test_an_answer_that_need_not_be_stopped(rung: str, virtual: trio.testing.MockClock) -> None:
+    """One that the provider ended, or that is gone on with, is left alone."""
+    failed = {
+        "type": "response.failed",
+        "sequence_number": 2,
+        "response": {"error": {"code": "server_error"}},
+    }
+    first = events(CREATED, DELTA, failed) if rung == "provider_error" else events(CREATED, DELTA, cut=True)
+    again = events(CREATED, DELTA, DONE) if rung == "provider_error" else events(DONE)
+    one = Provider(lambda self: first if len(self.asked) == 1 else again)
+    async with providers(one), open_supervisor() as sup, StreamTransport(trust_env=False) as transport:
+        policy = RetryPolicy(attempts=2, resume=("sequence", "restart"))
+        stream = await sup.start(HttpSource(responses(one), BACKGROUND, transport=transport, retry=policy))
+        outcome = await stream.wait()
+    assert (outcome.state, stream.snapshot().text) == ("completed", "Hello there")
+    assert [asked for asked in one.asked if "cancel" in asked] == []
+
+
+async def test_an_answer_is_stopped_once(virtual: trio.testing.MockClock) -> None:
+    """However many attempts it takes until another takes its place."""
+    partial, full = events(CREATED, DELTA, cut=True), events(CREATED, DELTA, DONE)
+    answers = (partial, whole(200, STOPPED), whole(503, b"{}"), full)
+    one = Provider(lambda self: answers[len(self.asked) - 1])
+    async with providers(one), open_supervisor() as sup, StreamTransport(trust_env=False) as transport:
+        policy = RetryPolicy(attempts=3, resume=("restart",))
+        stream = await sup.start(HttpSource(responses(one), BACKGROUND, transport=transport, retry=policy))
+        outcome = await stream.wait()
+    assert (outcome.state, outcome.rungs) == ("completed", ("restart", "restart"))
+    assert [asked for asked in one.asked if "cancel" in asked] == ["POST /responses/resp_1/cancel"]
+
+
+async def test_a_stop_while_an_answer_is_given_up(virtual: trio.testing.MockClock) -> None:
+    """The provider that has not answered the first time is told again, within the cleanup time; no other attempt is made."""
+    partial = events(CREATED, DELTA, cut=True)
+    one = Provider(lambda self: (partial, None, whole(200, STOPPED))[len(self.asked) - 1])
+    async with providers(one), open_supervisor() as sup, StreamTransport(trust_env=False) as transport:
+        policy = RetryPolicy(attempts=3, wait_initial_s=10, wait_max_s=10, resume=("restart",))
+        source = HttpSource(responses(one), BACKGROUND, transport=transport, retry=policy, draw=lambda: 0.5)
+        stream = await sup.start(source)
+        await trio.sleep(1)
+        await stream.cancel(mode="abort")
+        outcome = await stream.wait()
+    assert one.asked[1:] == ["POST /responses/resp_1/cancel"] * 2
+    assert (outcome.state, outcome.attempts, outcome.cleanup_error) == ("cancelled", 1, None)
+    assert outcome.usage is not None
+    assert (outcome.usage.output, outcome.usage_quality) == (4, "exact")
 
 
 async def test_a_program_that_is_cancelled_stops_its_providers(virtual: trio.testing.MockClock) -> None:
