@@ -164,8 +164,8 @@ class Output:
 
     def _climb(self, record: AttemptRecord | Withdrawal) -> None:
         climb(self._fold, record)
-        if self._undurable is not None:  # shown when the event is that follows on this
-            self._undurable.append((self._journal.tail_seq + isinstance(record, AttemptRecord), record))
+        if self._undurable is not None:  # shown with the event that follows on this
+            self._undurable.append((self._journal.tail_seq + 1, record))
 
     def waiting(self) -> None:
         """Between two attempts: only the total clock runs."""

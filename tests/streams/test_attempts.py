@@ -21,18 +21,24 @@ def put(out: Output, text: str) -> None:
 
 
 class HeldStore(MemoryStore):
-    """A store in which nothing is durable until it is let go."""
+    """A store in which events are durable as far as they are let go."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.held = trio.Event()
+        self._upto = 0
+        self._moved = trio.Event()
+
+    def let_go(self, upto: int = 1 << 30) -> None:
+        self._upto = upto
+        self._moved.set()
+        self._moved = trio.Event()
 
     def durable_seq(self, stream_id: str) -> int:
-        return super().durable_seq(stream_id) if self.held.is_set() else 0
+        return min(super().durable_seq(stream_id), self._upto)
 
     async def wait_durable(self, stream_id: str, seq: int) -> None:
-        if seq:
-            await self.held.wait()
+        while seq > self._upto:
+            await self._moved.wait()
         await super().wait_durable(stream_id, seq)
 
 
@@ -58,13 +64,68 @@ async def test_what_a_durable_snapshot_shows_while_it_streams(
         stream = sup.start_nowait(source, delivery="durable").stream
         await trio.sleep(1)
         assert stream.snapshot().text == ""
-        store.held.set()
+        store.let_go()
         await trio.sleep(1)
         assert stream.state is State.STREAMING
         assert (stream.snapshot().text, stream.snapshot().joined_at) == (expected, joined_at)
         go_on.set()
         await stream.wait()
         assert (await stream.read_snapshot()).text == expected
+
+
+@pytest.mark.parametrize(
+    ("rung", "expected", "joined_at", "epoch"),
+    [("continuation", "oldnew", (3,), 1), ("restart", "new", (), 3)],
+)
+async def test_a_durable_snapshot_waits_for_the_event_that_changes_it(
+    autojump_clock: Any, rung: Any, expected: str, joined_at: tuple[int, ...], epoch: int
+) -> None:
+    """A join or a withdrawal is shown, and a new epoch is, once the first event after it is durable: not with the attempt."""
+    store, steps = HeldStore(), [trio.Event() for _ in range(3)]
+
+    async def source(out: Output) -> None:
+        out.attempt(1)
+        put(out, "old ")
+        await steps[0].wait()
+        out.attempt(2, rung=rung, dropped=1 if rung == "continuation" else 0)
+        await steps[1].wait()
+        put(out, "new")
+        await steps[2].wait()
+        out.finish()
+
+    async with open_supervisor(store=store) as sup:
+        stream = sup.start_nowait(source, delivery="durable").stream
+        await trio.sleep(1)
+        store.let_go(2)
+        for step in steps[:2]:  # the readers' task waits for the attempt's record when the event comes
+            step.set()
+            await trio.sleep(1)
+        for upto, told in ((3, ("old ", (), 1)), (99, (expected, joined_at, epoch))):
+            store.let_go(upto)
+            await trio.sleep(1)
+            shown = stream.snapshot()
+            assert (shown.text, shown.joined_at, shown.epoch) == told
+        steps[2].set()
+        await stream.wait()
+
+
+async def test_a_join_that_came_to_nothing_is_not_made_later(autojump_clock: Any) -> None:
+    """An attempt that is no continuation does not take over that of one before it, which got no event."""
+
+    async def source(out: Output) -> None:
+        out.attempt(1)
+        put(out, "old ")
+        out.attempt(2, rung="continuation", dropped=1)
+        out.attempt(3, rung="restart")
+        put(out, "one ")
+        out.attempt(4, rung="sequence")
+        put(out, "two")
+        out.finish()
+
+    async with open_supervisor() as sup:
+        stream = await sup.start(source)
+        outcome = await stream.wait()
+        assert (stream.snapshot().text, outcome.joined_at) == ("one two", ())
 
 
 async def test_a_withdrawal_waits_for_the_first_event(autojump_clock: Any) -> None:
