@@ -90,7 +90,7 @@ class ToolCallDelta(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     arguments: str = ""
 
 
-class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
+class Delta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What one wire event adds to one choice of the answer."""
 
     text: str = ""

@@ -220,7 +220,7 @@ class BodyReader:
 
         An exception from the dialect other than UnparseableError is a bug in it and is not caught.
         """
-        if self._ended or self._sink.sealed:
+        if self._ended:
             return
         decoder = self._decoder
         if decoder is None:
@@ -459,7 +459,7 @@ class BodyReader:
     # --- what is outside of events ---
 
     def _touch(self, comments: int) -> None:
-        if comments != self._seen_comments:
+        if comments != self._seen_comments and not self._sink.sealed:
             self._seen_comments = comments
             self._sink.touch()
 

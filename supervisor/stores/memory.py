@@ -24,7 +24,7 @@ import attrs
 import trio
 
 from supervisor.errors import ConfigurationError, StoreError
-from supervisor.stores.base import Event, StoredStream, StoreStatistics
+from supervisor.stores.base import EVENT_OVERHEAD_BYTES, Event, StoredStream, StoreStatistics
 from supervisor.stores.positions import Positions
 
 __all__ = ["MemoryStore"]
@@ -73,6 +73,7 @@ class MemoryStore:
         self._commits = 0
         self._evicted = 0
         self._running = False
+        self._closed = False
         self._closing = trio.Event()
         self._stopped = trio.Event()
 
@@ -90,7 +91,7 @@ class MemoryStore:
             await self._closing.wait()
         finally:
             self._running = False
-            self._stopped.set()
+            self._stop()
             for position in self._positions:
                 position.wake()
 
@@ -100,7 +101,7 @@ class MemoryStore:
         if self._running:
             await self._stopped.wait()
         else:
-            self._stopped.set()
+            self._stop()
             await trio.lowlevel.checkpoint()
 
     # --- writing -----------------------------------------------------------------------------------------------------
@@ -124,11 +125,15 @@ class MemoryStore:
         """Keep events. Raises StoreError, and keeps none, if they do not follow on what there is."""
         if not events:
             return
-        self._check_open()
+        if self._closed:
+            self._check_open()
         position = self._positions.append(stream_id, events)
         self._keep(stream_id, events)
-        self._positions.settle(position, position.last_seq)
-        self._fit()
+        position.durable = position.last_seq
+        if position.changed is not None:
+            position.wake()
+        if self._nbytes > self._max_bytes:
+            self._fit()
 
     def end(self, stream_id: str, event: Event, *, state: str, ended_at: float) -> None:
         """Keep a stream's outcome. Raises StoreError, and changes nothing, if it has one."""
@@ -268,8 +273,12 @@ class MemoryStore:
     # --- bounds ------------------------------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
-        if self._stopped.is_set():
+        if self._closed:
             raise StoreError("the store is closed; nothing was written")
+
+    def _stop(self) -> None:
+        self._closed = True
+        self._stopped.set()
 
     def _committed(self, records: int) -> None:
         self._records += records
@@ -278,11 +287,14 @@ class MemoryStore:
     def _keep(self, stream_id: str, events: Sequence[Event]) -> _Kept:
         kept = self._kept[stream_id]
         kept.events.extend(events)
-        nbytes = sum(event.nbytes for event in events)
+        nbytes = len(events) * EVENT_OVERHEAD_BYTES
+        for event in events:
+            nbytes += len(event.payload) + len(event.name) + len(event.text)
         kept.nbytes += nbytes
         self._nbytes += nbytes
         self._with_events[stream_id] = kept
-        self._committed(len(events))
+        self._records += len(events)
+        self._commits += 1
         return kept
 
     def _fit(self) -> None:

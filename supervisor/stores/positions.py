@@ -81,7 +81,9 @@ class Positions:
 
     def append(self, stream_id: str, events: Sequence[Event]) -> Position:
         """Advance a stream by events. Raises StoreError, and changes nothing, if they do not follow on."""
-        position = self._writable(stream_id, "append")
+        position = self._by_id.get(stream_id)
+        if position is None or position.ended:
+            position = self._writable(stream_id, "append")
         first, last = events[0].seq, events[-1].seq
         if first != position.last_seq + 1 or last != position.last_seq + len(events):
             raise StoreError(

@@ -42,6 +42,7 @@ Waker = Callable[[], None]
 _log = logging.getLogger("supervisor.streams")
 _RETRY_S = 1.0
 _PAGE = 1024
+_SLACK = 16  # of a tail that is full, one part in so many is let go of at once
 
 
 @attrs.frozen(order=True)
@@ -68,6 +69,8 @@ class Journal:
         "_tail_bytes_limit",
         "_tail_events_limit",
         "_to_follow",
+        "_trim_bytes",
+        "_trim_events",
         "_unpublished",
         "_wakers",
         "durable_seen",
@@ -96,6 +99,8 @@ class Journal:
         self._dialect = dialect
         self._tail_events_limit = tail_events
         self._tail_bytes_limit = tail_bytes
+        self._trim_events = tail_events - tail_events // _SLACK
+        self._trim_bytes = tail_bytes - tail_bytes // _SLACK
         self._max_event_bytes = max_event_bytes
         self._durable_delivery = durable_delivery
         self._on_durable = on_durable
@@ -148,14 +153,15 @@ class Journal:
         count = self._unpublished
         if not count:
             return False
-        self._store.append(self.stream_id, self._tail[-count:])
+        tail = self._tail
+        self._store.append(self.stream_id, tail[-count:])
         self._unpublished = 0
-        self.published_seq = self._first + len(self._tail) - 1
-        if len(self._tail) > self._tail_events_limit or self.tail_bytes > self._tail_bytes_limit:
+        self.published_seq = self._first + len(tail) - 1
+        if len(tail) > self._tail_events_limit or self.tail_bytes > self._tail_bytes_limit:
             self._trim()
         if self._durable_delivery:
             self._to_follow.set()
-        else:
+        elif self._wakers:
             self._wake()
         return True
 
@@ -247,14 +253,14 @@ class Journal:
         return sum([event.nbytes for event in self._tail[-count:]]) if count > 0 else 0
 
     def _trim(self) -> None:
+        """Let go of events, to a little less than the limits so that not every event has to."""
         durable = self._store.durable_seq(self.stream_id)
         tail, drop, freed = self._tail, 0, 0
+        most, most_bytes = self._trim_events, self._trim_bytes
         while (
             drop < len(tail) - 1
             and tail[drop].seq <= durable
-            and (
-                len(tail) - drop > self._tail_events_limit or self.tail_bytes - freed > self._tail_bytes_limit
-            )
+            and (len(tail) - drop > most or self.tail_bytes - freed > most_bytes)
         ):
             freed += tail[drop].nbytes
             drop += 1

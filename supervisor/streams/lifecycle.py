@@ -166,9 +166,11 @@ class Verdict:
 class Lifecycle:
     """The state of one stream."""
 
-    __slots__ = ("_announced", "_state", "_verdict")
+    __slots__ = ("_announced", "_state", "_verdict", "sealed")
 
     def __init__(self) -> None:
+        self.sealed = False
+        """Whether the ending is decided; only `seal` sets it. A plain attribute, as every event asks."""
         self._state = State.PENDING
         self._verdict: Verdict | None = None
         self._announced = False
@@ -180,11 +182,6 @@ class Lifecycle:
     def verdict(self) -> Verdict | None:
         """The verdict that sealed the stream, or None. For the stream's own machinery: it may not be durable yet."""
         return self._verdict
-
-    @property
-    def sealed(self) -> bool:
-        """Whether the ending is decided."""
-        return self._verdict is not None
 
     @property
     def announced(self) -> bool:
@@ -210,6 +207,7 @@ class Lifecycle:
         if self._verdict is not None:
             return False
         self._verdict = verdict
+        self.sealed = True
         return True
 
     def announce(self) -> None:

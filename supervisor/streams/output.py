@@ -315,10 +315,14 @@ class Output:
         """
         self._stream._abort_wire = close  # noqa: SLF001
 
-    def flush(self) -> None:
-        """Publish what was appended: once per read, not per event."""
+    def flush(self) -> bool:
+        """Publish what was appended: once per read, not per event. Return whether to read on.
+
+        False once the stream is sealed, or while the store is behind: then `await flow()` before reading on.
+        """
         if self._journal.publish():
             self._stream._published()  # noqa: SLF001
+        return not (self._lifecycle.sealed or self._store.congested)
 
     @property
     def congested(self) -> bool:

@@ -183,8 +183,7 @@ class Attempt:
 
         def take(data: bytes) -> bool:
             reader.feed(data)
-            out.flush()
-            return not (self.sealed or out.congested)
+            return out.flush() and self.failed is None
 
         broken: RemoteProtocolError | None = None
         while not self.sealed:

@@ -80,6 +80,7 @@ class Connection:
         "_sending",
         "_unsent",
         "closed",
+        "encrypted",
         "keep_s",
         "origin",
         "socket",
@@ -89,6 +90,8 @@ class Connection:
         self.socket = sock
         self.origin = origin
         self.closed = False
+        self.encrypted = False
+        """Whether there is TLS: bytes off the socket have to go through `decode`."""
         self.keep_s = float("inf")
         """For how many seconds the server says it keeps the connection when idle (`Keep-Alive: timeout=`)."""
         self._read_bytes = read_bytes
@@ -263,6 +266,7 @@ class Connection:
                 f"the ssl_context negotiated {layer.alpn}, and only HTTP/1.1 is spoken here"
             )
         self._layers += (layer,)
+        self.encrypted = True
 
     def close(self) -> None:
         """Close an idle connection now, telling a TLS peer if that takes no waiting. Idempotent."""

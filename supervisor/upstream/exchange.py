@@ -228,12 +228,13 @@ class Exchange:
         """Take what one read of the socket brought. See `supervisor.upstream.shared.Body`."""
         framing = self.framing
         if raw:
-            body = framing.feed(self._connection.decode(raw))
+            connection = self._connection
+            body = framing.feed(connection.decode(raw) if connection.encrypted else raw)
             if body and not self._take(body):
                 return True
             if framing.complete:
                 return False
-            if framing.fault is None and not self._connection.ended:
+            if framing.fault is None and not (connection.encrypted and connection.ended):
                 return None
             if framing.fault is not None:
                 framing.feed(b"")  # raises what broke after the body bytes of this read

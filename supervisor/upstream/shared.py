@@ -243,9 +243,11 @@ class SharedReader:
                     else:
                         if (pause_s := _moderation_s(woken)) > 0:
                             await trio.sleep(pause_s)
-                        await poller.wait()
+                            self._waiting = list(poller.ready())  # under load there are some
+                        if not self._waiting:
+                            await poller.wait()
+                            self._waiting = list(poller.ready())
                         woken = trio.current_time()
-                        self._waiting = list(poller.ready())
                         self._waiting.reverse()
                     self._turn()
         except Exception as error:  # noqa: BLE001  # a mistake of ours must not take the whole run with it; the streams tell
