@@ -16,7 +16,7 @@ import json
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from supervisor.config import Config, RetentionConfig, ShutdownConfig, parse
 from supervisor.control import SUBPROTOCOL, ClientLimits, ControlLimits, LinkLimits, SessionLimits
 from supervisor.dialects import BUILTIN, PRESETS, Dialect, FaultKind, faults
 from supervisor.dialects.reading import BodyReader
-from supervisor.stores import MemoryStore
+from supervisor.stores import Keep, MemoryStore
 from supervisor.stores.sqlite import SQLiteStore
 from supervisor.streams import spec
 from supervisor.testing.upstream import SimulatedUpstream
@@ -75,7 +75,12 @@ CLASSES: Sequence[tuple[type, str, str]] = (
     (LinkLimits, "[control.limits.link]", "One connection of the control channel, at either end"),
     (SessionLimits, "[control.limits.session]", "One client of the control channel"),
     (ClientLimits, "supervisor.control.connect(limits=…)", "The client library"),
-    (RetentionConfig, "[retention]", "What the daemon's store keeps"),
+    (
+        RetentionConfig,
+        "[retention]",
+        "What the daemon's store keeps; a program's own: `supervisor.stores.Retention`",
+    ),
+    (Keep, "[retention.tenant] and [retention.tenants.NAME]", "What it keeps of each tenant"),
     (ShutdownConfig, "[shutdown]", "How the daemon ends"),
 )
 """Options that are attrs classes: their fields document themselves."""
@@ -181,7 +186,6 @@ TOLD = {
     "LinkLimits.ping_every_s": "Silence after which the peer is asked for a sign of life.",
     "LinkLimits.ping_answer_s": "How long it may take to give one.",
     "ClientLimits.retry_initial_s": "The first pause before connecting again; it doubles.",
-    "RetentionConfig.sweep_every_s": "How often the store is looked through.",
 }
 """For options whose class says it in its own docstring, or whose name does."""
 
@@ -345,6 +349,8 @@ TOLD_TABLES = {
     "circuit": "when an upstream that fails is left alone: further attempts are refused meanwhile; a stream's first goes to a fallback, if there is one",
     "control.limits.link": "one connection",
     "control.limits.session": "one client",
+    "retention.tenant": "how much it keeps of each tenant",
+    "retention.tenants.NAME": "how much it keeps of the tenant NAME, in place of `[retention.tenant]`",
 }
 TOLD_OPTIONS = {
     **TOLD,
@@ -376,6 +382,9 @@ def options(kind: type = Config, table: str = "") -> Iterator[Option]:
             continue
         if attrs.has(hint):
             inner.append((hint, f"{table}.{name}".lstrip(".")))
+            continue
+        if typing.get_origin(hint) is Mapping:  # of names to tables
+            inner.append((typing.get_args(hint)[1], f"{table}.{name}.NAME"))
             continue
         optional = type(None) in typing.get_args(hint)
         described = configuration._described(  # noqa: SLF001  # as errors say it

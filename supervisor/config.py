@@ -30,7 +30,7 @@ import msgspec
 from supervisor.control.auth import Token
 from supervisor.control.server import ControlLimits
 from supervisor.errors import ConfigurationError
-from supervisor.stores import MemoryStore
+from supervisor.stores import MemoryStore, Retention
 from supervisor.stores.base import Store
 from supervisor.stores.sqlite import SQLiteStore, Synchronous
 from supervisor.streams import Deadlines, Limits, MemoryPolicy
@@ -209,14 +209,17 @@ class StoreConfig:
 
 
 @attrs.frozen(kw_only=True)
-class RetentionConfig:
+class RetentionConfig(Retention):
     """`[retention]`: how long the store keeps ended streams."""
 
     max_ended: int | None = attrs.field(default=100_000, validator=_whole)
     """The last so many to end are kept."""
     max_age_s: float | None = attrs.field(default=30 * 86_400.0, validator=_positive)
     """Those that ended longer ago are removed."""
+    max_bytes: int | None = attrs.field(default=10 << 30, validator=_whole)
+    """Together they take at most this in the store; those that ended first make room."""
     sweep_every_s: float = attrs.field(default=60.0, validator=_positive)
+    """How often the store is looked through."""
 
 
 @attrs.frozen(kw_only=True)
@@ -380,6 +383,13 @@ def _converted(value: object, hint: Any, where: _Where, key: str) -> Any:
         (hint,) = (arg for arg in get_args(hint) if arg is not type(None))
     if attrs.has(hint):
         return _read(hint, value, where.table(key))
+    if get_origin(hint) is Mapping and attrs.has(get_args(hint)[1]):
+        if not isinstance(value, dict):
+            raise where.error(key, value, f"tables, [{'.'.join(where.path)}.{key}.NAME]")
+        return {
+            name: _read(get_args(hint)[1], table, where.table(key).table(name))
+            for name, table in value.items()
+        }
     expected = _described(hint) + (' or "none"' if optional else "")
     if hint is Path:
         if not isinstance(value, str) or not value:

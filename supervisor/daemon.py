@@ -20,19 +20,18 @@ import logging
 import os
 import resource
 import signal
-import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import attrs
 import trio
 
-from supervisor.config import Config, RetentionConfig
+from supervisor.config import Config
 from supervisor.control.messages import ShutdownParams, StartParams
 from supervisor.control.server import ControlServer, Resolved
-from supervisor.errors import ConfigurationError, StoreError
+from supervisor.errors import ConfigurationError
 from supervisor.logs import ReopeningHandler
-from supervisor.stores.base import Store
+from supervisor.stores import retain
 from supervisor.streams import Supervisor, open_supervisor
 from supervisor.upstream.catalog import Upstream
 from supervisor.upstream.circuit import Circuits
@@ -47,7 +46,6 @@ _log = logging.getLogger("supervisor.daemon")
 ABORTED = 130
 """The exit code after a second SIGINT: 128 + SIGINT, as shells have it."""
 
-_PRUNE = 500
 _TELL_S = 2.0
 _LOOK_S = 0.01
 _WANTED_FILES = 65_536
@@ -233,7 +231,8 @@ class _Daemon:
                 ports: tuple[int, ...] = await nursery.start(server.run, control.host, control.port)
             except OSError as error:
                 raise _cannot_listen(control.host, control.port, error) from None
-            nursery.start_soon(_retain, self._store, config.retention, name="retention")
+            if config.retention.limited:
+                nursery.start_soon(self._retain, name="retention")
             self.ending.started = True
             gc.collect()
             gc.freeze()  # modules and certificates live as long as the process: no full collection need look at them again
@@ -242,6 +241,11 @@ class _Daemon:
             await self._wind_down(supervisor)
             await _tell(server)
             nursery.cancel_scope.cancel(reason="all streams have settled")
+
+    async def _retain(self) -> None:
+        """Remove from the store what retention no longer keeps, until cancelled."""
+        policy = self._config.retention
+        await retain(self._store, policy, every_s=policy.sweep_every_s)
 
     @contextlib.asynccontextmanager
     async def _provider(self) -> AsyncIterator[None]:
@@ -354,23 +358,6 @@ async def _tell(server: ControlServer) -> None:
         while (figures := server.statistics()).subscriptions or figures.pending_requests:  # noqa: ASYNC110  # a last look, bounded; nothing tells
             await trio.sleep(_LOOK_S)
         await trio.sleep(_LOOK_S)  # what was queued last is still on its way to the socket
-
-
-async def _retain(store: Store, policy: RetentionConfig) -> None:
-    """Remove from the store what retention no longer keeps, until cancelled."""
-    if policy.max_age_s is None and policy.max_ended is None:
-        return
-    while True:
-        try:
-            before = None if policy.max_age_s is None else time.time() - policy.max_age_s
-            removed = await store.prune(ended_before=before, keep=policy.max_ended, limit=_PRUNE)
-        except StoreError as error:
-            _log.error("retention: %s", error)
-            removed = 0
-        if removed:
-            _log.debug("retention: removed %d ended streams", removed)
-        if removed < _PRUNE:
-            await trio.sleep(policy.sweep_every_s)
 
 
 def _raise_file_limit() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from supervisor.config import DEFAULT_PORT, MEMORY, Config, default_store_path, load, parse
 from supervisor.dialects import PRESETS
 from supervisor.errors import ConfigurationError
-from supervisor.stores import MemoryStore
+from supervisor.stores import Keep, MemoryStore
 from supervisor.stores.sqlite import SQLiteStore
 from supervisor.streams import Deadlines, Limits, MemoryPolicy
 
@@ -44,6 +44,10 @@ commit_interval_s = 0.1
 [retention]
 max_ended = 10
 max_age_s = "none"
+[retention.tenant]
+max_bytes = 1000
+[retention.tenants.acme]
+max_age_s = 9
 
 [shutdown]
 grace_s = 0
@@ -119,6 +123,10 @@ def test_everything_can_be_said() -> None:
     ) == (7, 3, 9)
     assert config.store.synchronous == "FULL"
     assert (config.retention.max_ended, config.retention.max_age_s) == (10, None)
+    assert (config.retention.tenant, config.retention.tenants) == (
+        Keep(max_bytes=1000),
+        {"acme": Keep(max_age_s=9)},
+    )
     assert config.log.file == Path("/somewhere/log")
     assert (
         config.limits.max_live,
@@ -209,6 +217,10 @@ def test_what_an_upstream_may_do_when_it_fails() -> None:
         ("[store]\npath = ''", ["[store] path", "':memory:'"]),
         ("[store]\nsynchronous = 'full'", ["[store] synchronous", "'FULL'"]),
         ("[retention]\nmax_ended = 0", ["[retention] max_ended", "at least 1"]),
+        ("[retention.tenant]\nmax_bytes = -1", ["[retention.tenant] max_bytes", "0 or more"]),
+        ("[retention]\ntenants = 1", ["[retention] tenants", "[retention.tenants.NAME]"]),
+        ("[retention.tenants.a]\nmax_sge_s = 1", ["[retention.tenants.a]", "max_age_s"]),
+        ('[retention.tenants.a]\nmax_age_s = "1"', ["[retention.tenants.a] max_age_s", "a number"]),
         ("[shutdown]\ngrace_s = -1", ["[shutdown] grace_s", "0 or more"]),
         ("[log]\nlevel = 'loud'", ["[log] level", "'loud'", "'warning'"]),
         ("[log]\nfile = 3", ["[log] file", "3", "the path of a file"]),

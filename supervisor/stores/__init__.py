@@ -4,6 +4,20 @@ from __future__ import annotations
 
 from supervisor.stores.base import Event, EventKind, Store, StoredStream, StoreStatistics
 from supervisor.stores.memory import MemoryStore
+from supervisor.stores.retention import Keep, PruneReport, Removed, Retention, retain
 from supervisor.stores.sqlite import SQLiteStore
 
-__all__ = ["Event", "EventKind", "MemoryStore", "SQLiteStore", "Store", "StoreStatistics", "StoredStream"]
+__all__ = [
+    "Event",
+    "EventKind",
+    "Keep",
+    "MemoryStore",
+    "PruneReport",
+    "Removed",
+    "Retention",
+    "SQLiteStore",
+    "Store",
+    "StoreStatistics",
+    "StoredStream",
+    "retain",
+]

@@ -19,6 +19,7 @@ Rules every implementation keeps (`tests/stores/` runs one suite over all of the
   `wait_flow`.
 - A failing commit is retried by the store as long as `run` lasts; `wait_durable` raises StoreError after the store's
   documented patience, and the records stay queued.
+- While commits fail, or do not come back, `failing` says why; who would start something that could not be recorded asks first.
 - Ids sort by age: "newest" among streams is the highest id, as text. Retention goes by when a stream ended.
 - Reading shows what is durable. Where retention removed events, `first_seq` says so and `read` begins there.
 """
@@ -31,6 +32,8 @@ from typing import Protocol
 import attrs
 import msgspec
 import trio
+
+from supervisor.stores.retention import PruneReport, Retention
 
 __all__ = ["Event", "EventKind", "Store", "StoreStatistics", "StoredStream"]
 
@@ -72,6 +75,8 @@ class StoredStream:
     """Seconds since the Unix epoch."""
     head: bytes
     """The stream's description: JSON, written once by `create`, opaque to the store."""
+    tenant: str | None = None
+    """On whose behalf it runs: retention has limits for each."""
     state: str | None = None
     """The outcome's state; None while the stream has no outcome."""
     ended_at: float | None = None
@@ -97,6 +102,10 @@ class StoreStatistics:
     """How long the last commit took, in seconds."""
     last_error: str | None
     """The message of the failure the store is in now; None when it is well."""
+    failing_since: float | None = None
+    """When that failure began: seconds since the Unix epoch."""
+    lag_s: float = 0.0
+    """How long the record that has waited longest to be committed has waited; 0 if none does."""
     held_bytes: int = 0
     """Bytes of records held in this process: what is queued, and for a store in memory all it keeps."""
     evicted_events: int = 0
@@ -153,6 +162,11 @@ class Store(Protocol):
         """Whether the queue is past its high-water mark."""
         ...
 
+    @property
+    def failing(self) -> str | None:
+        """Why nothing can be written at present; None while the store is well, or merely behind."""
+        ...
+
     async def wait_flow(self) -> None:
         """Wait until the queue is below its low-water mark. At once if it is not congested."""
         ...
@@ -178,12 +192,12 @@ class Store(Protocol):
         ...
 
     async def prune(
-        self, *, ended_before: float | None = None, keep: int | None = None, limit: int = 500
-    ) -> int:
-        """Remove up to `limit` ended streams: those that ended before a time, or before the last `keep` to end.
+        self, retention: Retention, *, now: float | None = None, limit: int = 1000, dry_run: bool = False
+    ) -> PruneReport:
+        """Remove up to `limit` ended streams that are more than `retention` keeps, or with `dry_run` only tell.
 
-        In order of `(ended_at, id)`. Returns how many. A cancel leaves whole streams removed, or one of them with its
-        oldest events gone and its `first_seq` saying so.
+        `now` is for ages: seconds since the Unix epoch, the clock's by default. A cancel leaves whole streams removed, or
+        one of them with its oldest events gone and its `first_seq` saying so.
         """
         ...
 

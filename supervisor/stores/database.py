@@ -8,6 +8,7 @@ counter tells whether it did, and a commit is never done twice.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sqlite3
 from collections.abc import Iterator, Sequence
 from heapq import merge
@@ -17,25 +18,22 @@ from typing import Any
 import attrs
 
 from supervisor.errors import StoreCorruptError, StoreError
-from supervisor.stores import schema
+from supervisor.stores import pruning, schema
 from supervisor.stores.base import Event, StoredStream
 from supervisor.stores.positions import Position
+from supervisor.stores.retention import EndedStream, Retention
 from supervisor.stores.segments import checksum, cut, decode, encode
 
 __all__ = ["Database", "RejectedError", "Write"]
 
-PRUNE_SEGMENTS = 256
-PRUNE_BYTES = 4 << 20
-"""What one transaction of a prune removes at most, so that it never holds up a commit for long."""
-VACUUM_PAGES = 256
-VACUUM_SLACK = 0.1
-"""How much of the file may be free pages, which later writes use, before it is shrunk."""
+_log = logging.getLogger("supervisor.stores")
 
 _STREAM = """
     SELECT s.id, s.key, s.created_at, s.head, s.state, s.ended_at, s.outcome,
         CASE WHEN s.last_seq IS NOT NULL THEN s.epoch ELSE COALESCE(
             (SELECT g.epoch FROM segments g WHERE g.stream = s.n ORDER BY g.last_seq DESC LIMIT 1), s.epoch) END,
         s.first_seq,
+        s.tenant,
         COALESCE(s.last_seq, (SELECT max(g.last_seq) FROM segments g WHERE g.stream = s.n), s.first_seq - 1),
         s.n
     FROM streams s
@@ -72,9 +70,11 @@ class Database:
     _commits: int = attrs.field(default=0, init=False)
     _next_number: int = attrs.field(default=1, init=False)
     _unsure: bool = attrs.field(default=False, init=False)
+    _written: dict[Position, int] = attrs.field(factory=dict, init=False)
+    """What the batch in hand adds to each of its streams, in bytes."""
 
-    def open(self) -> Sequence[tuple[StoredStream, int]]:
-        """Lock and open the file, creating or migrating it; return the streams without an outcome, with their numbers.
+    def open(self) -> Sequence[Position]:
+        """Lock and open the file, creating or migrating it; return where the streams without an outcome stand.
 
         Raises StoreLockedError, StoreCorruptError or StoreError, and then holds nothing.
         """
@@ -86,17 +86,36 @@ class Database:
             with self._translated():
                 writer = self.writer = self._connect()
                 schema.prepare(writer, path)
+                if not pruning.can_shrink(writer):
+                    _log.warning(
+                        "%s was made without auto_vacuum: what retention removes makes room for what is written next, but "
+                        "the file does not get smaller; to change that, stop what uses it and run: "
+                        "sqlite3 %s 'PRAGMA auto_vacuum = INCREMENTAL; VACUUM'",
+                        path,
+                        path,
+                    )
                 self.reader = self._connect(reader=True)
                 self._commits = self._counter(writer)
                 self._next_number = writer.execute("SELECT COALESCE(max(n), 0) + 1 FROM streams").fetchone()[
                     0
                 ]
                 rows = writer.execute(f"{_STREAM} WHERE s.state IS NULL ORDER BY s.id").fetchall()
-                return [(_stored(row), row[-1]) for row in rows]
+                return [self._position(writer, _stored(row), row[-1]) for row in rows]
         except BaseException:
             self.close_reader()
             self.close_writer()
             raise
+
+    @staticmethod
+    def _position(writer: sqlite3.Connection, stream: StoredStream, number: int) -> Position:
+        (nbytes,) = writer.execute(
+            "SELECT COALESCE(sum(length(body) + ?), 0) FROM segments WHERE stream = ?",
+            (schema.SEGMENT_BYTES, number),
+        ).fetchone()
+        nbytes += len(stream.head) + schema.STREAM_BYTES
+        return Position(
+            stream.id, number=number, last_seq=stream.last_seq, durable=stream.last_seq, nbytes=nbytes
+        )
 
     def close_reader(self) -> None:
         """Close the reading connection."""
@@ -128,8 +147,7 @@ class Database:
                 self.writer = self._connect()
             writer = self.writer
             if self._unsure and self._counter(writer) > self._commits:
-                self._commits += 1  # the last attempt did happen, whatever it reported
-                self._unsure = False
+                self._committed()  # the last attempt did happen, whatever it reported
                 return
             writer.execute("BEGIN IMMEDIATE")
             self._write(writer, batch)
@@ -141,23 +159,33 @@ class Database:
             if _is_rejection(exc):
                 raise RejectedError(str(exc)) from exc
             raise
+        self._committed()
+
+    def _committed(self) -> None:
         self._commits += 1
         self._unsure = False
+        for position, nbytes in self._written.items():
+            position.nbytes += nbytes
 
     def _write(self, writer: sqlite3.Connection, batch: Sequence[Write]) -> None:
+        written = self._written = {}
         events_of: dict[Position, list[Event]] = {}
         for write in batch:
             if write.stream is not None:
                 self._insert(writer, write.position, write.stream)
+                written[write.position] = len(write.stream.head) + schema.STREAM_BYTES
             events_of.setdefault(write.position, []).extend(write.events)
         rows = []
         for position, events in events_of.items():
             number = position.number
             assert number is not None
+            nbytes = written.get(position, 0)
             for run in cut(events):
                 where = (number, run[0].seq, run[-1].seq, run[0].epoch)
                 body = encode(run)
+                nbytes += len(body) + schema.SEGMENT_BYTES
                 rows.append((*where, checksum(where, body), body))
+            written[position] = nbytes
         writer.executemany(
             "INSERT INTO segments (stream, first_seq, last_seq, epoch, crc, body) VALUES (?, ?, ?, ?, ?, ?)",
             rows,
@@ -165,11 +193,12 @@ class Database:
         for write in batch:
             if write.end is not None:
                 state, ended_at = write.end
-                event = write.events[-1]
+                event, position = write.events[-1], write.position
+                nbytes = position.nbytes + written[position] + len(event.payload)
                 ended = writer.execute(
-                    "UPDATE streams SET state = ?, ended_at = ?, outcome = ?, epoch = ?, last_seq = ?"
+                    "UPDATE streams SET state = ?, ended_at = ?, outcome = ?, epoch = ?, last_seq = ?, nbytes = ?"
                     " WHERE n = ? AND state IS NULL",
-                    (state, ended_at, event.payload, event.epoch, event.seq, write.position.number),
+                    (state, ended_at, event.payload, event.epoch, event.seq, nbytes, position.number),
                 )
                 if ended.rowcount != 1:
                     raise RejectedError("the store has an outcome of this stream already")
@@ -179,8 +208,16 @@ class Database:
             position.number = self._next_number
             self._next_number += 1
         writer.execute(
-            "INSERT INTO streams (n, id, key, created_at, epoch, head) VALUES (?, ?, ?, ?, ?, ?)",
-            (position.number, stream.id, stream.key, stream.created_at, stream.epoch, stream.head),
+            "INSERT INTO streams (n, id, key, tenant, created_at, epoch, head) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (
+                position.number,
+                stream.id,
+                stream.key,
+                stream.tenant,
+                stream.created_at,
+                stream.epoch,
+                stream.head,
+            ),
         )
 
     def _roll_back(self) -> None:
@@ -197,62 +234,22 @@ class Database:
 
     # --- retention ---------------------------------------------------------------------------------------------------
 
-    def prune_bound(self, ended_before: float | None, keep: int | None) -> tuple[float, str] | None:
-        """Return the `(ended_at, id)` below which ended streams are to go; None if none is."""
-        bounds = [] if ended_before is None else [(ended_before, "")]
-        if keep is not None:
-            with self._reading() as reader:
-                row = reader.execute(
-                    "SELECT ended_at, id FROM streams WHERE ended_at IS NOT NULL"
-                    " ORDER BY ended_at DESC, id DESC LIMIT 1 OFFSET ?",
-                    (keep,),
-                ).fetchone()
-            if row is not None:
-                bounds.append((row[0], row[1] + "\0"))  # the least text above the id: this one goes too
-        return max(bounds, default=None)
+    def plan(
+        self, retention: Retention, now: float, limit: int
+    ) -> tuple[list[tuple[EndedStream, str]], bool]:
+        """Return up to `limit` streams that are to go, each with the rule, and whether those are all."""
+        with self._reading() as reader:
+            return pruning.plan(reader, retention, now, limit)
 
-    def prune(self, bound: tuple[float, str], limit: int) -> tuple[int, bool]:
-        """Remove some of what is below `bound`, in one small transaction; return how many streams, and if there is more."""
+    def remove(self, numbers: Sequence[int]) -> int:
+        """Remove streams in one small transaction, the first ones first; return how many are gone entirely."""
         with self._transaction() as writer:
-            budget, nbytes = PRUNE_SEGMENTS, PRUNE_BYTES
-            victims = writer.execute(
-                "SELECT n FROM streams WHERE ended_at IS NOT NULL AND (ended_at, id) < (?, ?)"
-                " ORDER BY ended_at, id LIMIT ?",
-                (*bound, min(limit, PRUNE_SEGMENTS)),
-            ).fetchall()
-            removed = 0
-            for (number,) in victims:
-                last = None
-                for seq, size in writer.execute(
-                    "SELECT last_seq, length(body) FROM segments WHERE stream = ? ORDER BY last_seq",
-                    (number,),
-                ):
-                    if budget <= 0 or nbytes <= 0:
-                        break
-                    last, budget, nbytes = seq, budget - 1, nbytes - size
-                else:
-                    writer.execute("DELETE FROM segments WHERE stream = ?", (number,))
-                    writer.execute("DELETE FROM streams WHERE n = ?", (number,))
-                    removed += 1
-                    continue
-                if last is not None:
-                    writer.execute("DELETE FROM segments WHERE stream = ? AND last_seq <= ?", (number, last))
-                    writer.execute("UPDATE streams SET first_seq = ? WHERE n = ?", (last + 1, number))
-                break
-            return removed, removed < limit and bool(victims)
+            return pruning.remove(writer, numbers)
 
-    def vacuum(self) -> bool:
+    def shrink(self) -> bool:
         """Give some free pages back to the file system; return whether there are more to give."""
         with self._translated():
-            writer = self._writer()
-            pages: int = writer.execute("PRAGMA page_count").fetchone()[0]
-            free: int = writer.execute("PRAGMA freelist_count").fetchone()[0]
-            excess = free - int(pages * VACUUM_SLACK)
-            if excess <= 0:
-                return False
-            # executescript, since execute() steps a statement without columns once, and a step frees one page
-            writer.executescript(f"PRAGMA incremental_vacuum({min(excess, VACUUM_PAGES)})")
-            return excess > VACUUM_PAGES
+            return pruning.shrink(self._writer())
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -394,7 +391,8 @@ def _stored(row: Sequence[Any]) -> StoredStream:  # Any: columns of a row
         outcome=row[6],
         epoch=row[7],
         first_seq=row[8],
-        last_seq=row[9],
+        tenant=row[9],
+        last_seq=row[10],
     )
 
 

@@ -16,6 +16,7 @@ there, so that a reader sees the gap.
 from __future__ import annotations
 
 import builtins
+import time
 from collections.abc import Sequence
 from heapq import nlargest
 from itertools import islice
@@ -26,6 +27,7 @@ import trio
 from supervisor.errors import ConfigurationError, StoreError
 from supervisor.stores.base import EVENT_OVERHEAD_BYTES, Event, StoredStream, StoreStatistics
 from supervisor.stores.positions import Positions
+from supervisor.stores.retention import EndedStream, PruneReport, Retention, Totals, select
 
 __all__ = ["MemoryStore"]
 
@@ -181,6 +183,11 @@ class MemoryStore:
         """Never: nothing is queued."""
         return False
 
+    @property
+    def failing(self) -> str | None:
+        """Never."""
+        return None
+
     async def wait_flow(self) -> None:
         """Return at once (a checkpoint)."""
         await trio.lowlevel.checkpoint()
@@ -242,19 +249,32 @@ class MemoryStore:
         return [self._ended[i].describe() for i in ids]
 
     async def prune(
-        self, *, ended_before: float | None = None, keep: int | None = None, limit: int = 500
-    ) -> int:
-        """Remove up to `limit` ended streams, the one that ended first going first; return how many."""
+        self, retention: Retention, *, now: float | None = None, limit: int = 1000, dry_run: bool = False
+    ) -> PruneReport:
+        """Remove up to `limit` ended streams that are more than `retention` keeps, or with `dry_run` only tell."""
         await trio.lowlevel.checkpoint()
-        ordered = sorted(self._ended.values(), key=lambda kept: (kept.stream.ended_at, kept.stream.id))
-        over = 0 if keep is None else max(len(ordered) - keep, 0)
-        if ended_before is not None:
-            aged = sum(1 for kept in ordered if (kept.stream.ended_at or 0.0) < ended_before)
-            over = max(over, aged)
-        chosen = ordered[: min(over, max(limit, 0))]
-        for kept in chosen:
-            self._remove(kept)
-        return len(chosen)
+        of_tenant: dict[str | None, builtins.list[EndedStream]] = {}
+        everything = []
+        for kept in sorted(self._ended.values(), key=lambda kept: (kept.stream.ended_at, kept.stream.id)):
+            ended_at = kept.stream.ended_at
+            assert ended_at is not None, "it has ended"
+            ended = EndedStream(kept.stream.id, ended_at, kept.nbytes)
+            everything.append(ended)
+            of_tenant.setdefault(kept.stream.tenant, []).append(ended)
+        chosen, complete = select(
+            retention,
+            now=time.time() if now is None else now,
+            totals=[
+                Totals(tenant, len(ended), sum(one.nbytes for one in ended), ended[0].ended_at)
+                for tenant, ended in of_tenant.items()
+            ],
+            oldest=lambda tenant: iter(everything if tenant is None else of_tenant[tenant]),
+            limit=limit,
+        )
+        if not dry_run:
+            for ended, _ in chosen:
+                self._remove(self._ended[str(ended.ref)])
+        return PruneReport.of(chosen, complete=complete)
 
     def statistics(self) -> StoreStatistics:
         """Return the store's figures."""

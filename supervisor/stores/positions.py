@@ -32,6 +32,8 @@ class Position:
     """The last seq enqueued."""
     durable: int = NOTHING_DURABLE
     """The last seq known to be durable; 0 is the head."""
+    nbytes: int = 0
+    """What has been written of it, in bytes, where the store counts them."""
     ended: bool = False
     forgotten: bool = False
     error: StoreError | None = None

@@ -28,6 +28,8 @@ __all__ = [
     "APPLICATION_ID",
     "MIGRATIONS",
     "SCHEMA_VERSION",
+    "SEGMENT_BYTES",
+    "STREAM_BYTES",
     "FileLock",
     "connect",
     "create_file",
@@ -36,16 +38,18 @@ __all__ = [
 ]
 
 APPLICATION_ID = 0x53747376  # "Stsv"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE streams (
     n INTEGER PRIMARY KEY,
     id TEXT NOT NULL UNIQUE,
     key TEXT,
+    tenant TEXT,
     created_at REAL NOT NULL,
     state TEXT,                          -- of the outcome, NULL while there is none
     ended_at REAL,
+    nbytes INTEGER,                      -- what it takes in this file, once ended
     epoch INTEGER NOT NULL,              -- the last one, once ended (until then the segments know it)
     first_seq INTEGER NOT NULL DEFAULT 1,
     last_seq INTEGER,                    -- once ended (until then the segments know it)
@@ -54,7 +58,8 @@ CREATE TABLE streams (
 );
 CREATE INDEX streams_by_key ON streams (key, id) WHERE key IS NOT NULL;
 CREATE INDEX streams_by_state ON streams (state, id);
-CREATE INDEX streams_by_end ON streams (ended_at, id) WHERE ended_at IS NOT NULL;
+CREATE INDEX streams_by_end ON streams (ended_at, id, nbytes) WHERE ended_at IS NOT NULL;
+CREATE INDEX streams_by_tenant ON streams (tenant, ended_at, id, nbytes) WHERE ended_at IS NOT NULL;
 CREATE TABLE segments (
     n INTEGER PRIMARY KEY,
     stream INTEGER NOT NULL,             -- streams.n
@@ -69,7 +74,27 @@ CREATE TABLE store (commits INTEGER NOT NULL);
 INSERT INTO store VALUES (0);
 """
 
-MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {}
+STREAM_BYTES = 400
+SEGMENT_BYTES = 48
+"""What a stream, and each of its segments, is taken to need in the file beside head, outcome and bodies: rows and indexes."""
+
+
+def _to_2(connection: sqlite3.Connection) -> None:
+    """Add tenants and sizes, for retention. What was stored before has no tenant."""
+    connection.execute("ALTER TABLE streams ADD COLUMN tenant TEXT")
+    connection.execute("ALTER TABLE streams ADD COLUMN nbytes INTEGER")
+    connection.execute(
+        "UPDATE streams SET nbytes = ? + length(head) + length(outcome) + COALESCE("
+        "(SELECT sum(length(body) + ?) FROM segments WHERE stream = streams.n), 0) WHERE ended_at IS NOT NULL",
+        (STREAM_BYTES, SEGMENT_BYTES),
+    )
+    connection.execute("DROP INDEX streams_by_end")
+    for statement in _SCHEMA.strip().split(";"):
+        if statement.strip().startswith(("CREATE INDEX streams_by_end", "CREATE INDEX streams_by_tenant")):
+            connection.execute(statement)
+
+
+MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {1: _to_2}
 """For each older version, what makes it the next one. Runs inside a transaction; must not commit."""
 
 _CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})

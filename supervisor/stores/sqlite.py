@@ -21,15 +21,16 @@ disk does (such as an id of an earlier run) is the fault of one stream: that str
 from __future__ import annotations
 
 import builtins
+import logging
 import os
 import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
+import attrs
 import trio
 
 from supervisor.errors import ConfigurationError, StoreError
@@ -37,6 +38,7 @@ from supervisor.stores import schema
 from supervisor.stores.base import EVENT_OVERHEAD_BYTES, Event, StoredStream, StoreStatistics
 from supervisor.stores.database import Database, RejectedError, Write
 from supervisor.stores.positions import Position, Positions
+from supervisor.stores.retention import PruneReport, Retention
 
 __all__ = ["SQLiteStore", "Synchronous"]
 
@@ -51,7 +53,17 @@ BACKOFF_INITIAL_S = 0.05
 BACKOFF_MAX_S = 2.0
 CLOSE_S = 30.0
 
+_log = logging.getLogger("supervisor.stores")
 _T = TypeVar("_T")
+
+
+@attrs.define
+class _Batch:
+    """What one transaction is to write."""
+
+    writes: Sequence[Write]
+    since: float
+    """Monotonic: when the first of it, or something before it, was enqueued."""
 
 
 class SQLiteStore:
@@ -113,9 +125,10 @@ class SQLiteStore:
         self._closed = trio.Event()
         self._positions = Positions()
         self._queue: deque[Write] = deque()
-        self._batches: deque[list[Write]] = (
+        self._batches: deque[_Batch] = (
             deque()
         )  # taken from the queue and not yet committed; the first is next
+        self._queued_since = 0.0  # monotonic: when the first of `_queue`, or something before it, came
         self._queued_bytes = 0  # in `_queue`
         self._pending_bytes = 0  # in `_queue` and `_batches`
         self._pending_records = 0
@@ -130,6 +143,8 @@ class SQLiteStore:
         self._failures_in_a_row = 0
         self._last_commit_s = 0.0
         self._last_error: str | None = None
+        self._failing_since: float | None = None
+        self._pruning = trio.Lock()
         self._progress_at = 0.0  # monotonic: when the queue was last empty or made shorter
         self._lost: str | None = None
 
@@ -150,11 +165,9 @@ class SQLiteStore:
         self._state = "open"
         try:
             unfinished = await trio.to_thread.run_sync(self._database.open, limiter=self._write_limiter)
-            for stream, number in unfinished:
-                if self._positions.get(stream.id) is None:
-                    self._positions.adopt(
-                        Position(stream.id, number=number, last_seq=stream.last_seq, durable=stream.last_seq)
-                    )
+            for position in unfinished:
+                if self._positions.get(position.stream_id) is None:
+                    self._positions.adopt(position)
             task_status.started()
             await self._write_until_closed()
         finally:
@@ -262,6 +275,15 @@ class SQLiteStore:
         """Whether more than the high-water mark is queued, or was and it is not yet below the low-water mark."""
         return self._congested
 
+    @property
+    def failing(self) -> str | None:
+        """What the last commit failed with, or that none has come back for `patience_s`; None while the store is well."""
+        if self._last_error is None and self._patience_left_s() <= 0:
+            return (
+                f"{self.path}: nothing could be written for {self._patience_s:g} s: the disk does not answer"
+            )
+        return self._last_error
+
     async def wait_flow(self) -> None:
         """Wait until the store is not congested: at once if it is not, and when it has stopped."""
         await trio.lowlevel.checkpoint()
@@ -297,23 +319,32 @@ class SQLiteStore:
         return await self._reading(lambda: self._database.list(before_id, states, max(limit, 0)))
 
     async def prune(
-        self, *, ended_before: float | None = None, keep: int | None = None, limit: int = 500
-    ) -> int:
-        """Remove up to `limit` ended streams, the one that ended first going first; return how many.
+        self, retention: Retention, *, now: float | None = None, limit: int = 1000, dry_run: bool = False
+    ) -> PruneReport:
+        """Remove up to `limit` ended streams that are more than `retention` keeps, or with `dry_run` only tell.
 
-        In small transactions between which commits go on; then the file is shrunk to a tenth of free pages, likewise.
-        A cancel keeps what is done: whole streams removed, or the oldest events of one, and its `first_seq` says so.
+        In small transactions that take turns with commits, and stand back while the store is behind; then the file is
+        shrunk to a tenth of free pages, likewise. Sizes are those in the file. A cancel keeps what is done: whole streams removed,
+        or the oldest events of one, and its `first_seq` says so. Raises StoreError; what was removed until then stays so.
         """
-        bound = await self._reading(lambda: self._database.prune_bound(ended_before, keep))
-        if bound is None:
-            return 0
-        removed, more = 0, limit > 0
-        while more:
-            count, more = await self._writing(partial(self._database.prune, bound, limit - removed))
-            removed += count
-        while await self._writing(self._database.vacuum):
-            pass
-        return removed
+        now = time.time() if now is None else now
+        async with self._pruning:
+            chosen, complete = await self._reading(lambda: self._database.plan(retention, now, limit))
+            report = PruneReport.of(chosen, complete=complete)
+            if dry_run:
+                return report
+            left = [int(ended.ref) for ended, _ in chosen]
+            while left:
+                del left[: await self._in_turn(lambda: self._database.remove(left))]
+            while await self._in_turn(self._database.shrink):
+                pass
+        return report
+
+    async def _in_turn(self, job: Callable[[], _T]) -> _T:
+        """Write something that is less urgent than records: not while those that come wait for room."""
+        if self._congested and self._last_error is None:  # else this may be what makes the room
+            await self.wait_flow()
+        return await self._writing(job)
 
     def statistics(self) -> StoreStatistics:
         """Return the store's figures."""
@@ -324,7 +355,9 @@ class SQLiteStore:
             commits=self._commits,
             failed_commits=self._failed_commits,
             last_commit_s=self._last_commit_s,
-            last_error=self._last_error,
+            last_error=self.failing,
+            failing_since=self._failing_at(),
+            lag_s=self._lag_s(),
             held_bytes=self._pending_bytes,
         )
 
@@ -337,9 +370,11 @@ class SQLiteStore:
     def _enqueue(self, write: Write) -> None:
         if write.position.error is not None:
             return  # wait_durable tells why
-        if not self._pending_records:
-            self._progress_at = time.monotonic()
-            self._nonempty.set()
+        if not self._queue:
+            self._queued_since = time.monotonic()
+            if not self._pending_records:
+                self._progress_at = self._queued_since
+                self._nonempty.set()
         self._queue.append(write)
         self._queued_bytes += write.nbytes
         self._pending_bytes += write.nbytes
@@ -364,12 +399,21 @@ class SQLiteStore:
             return self._patience_s
         return self._progress_at + self._patience_s - time.monotonic()
 
+    def _lag_s(self) -> float:
+        since = self._batches[0].since if self._batches else self._queued_since if self._queue else None
+        return 0.0 if since is None else time.monotonic() - since
+
+    def _failing_at(self) -> float | None:
+        if self._last_error is None and self.failing is not None:
+            return time.time() - (time.monotonic() - self._progress_at)
+        return self._failing_since
+
     # --- the writer --------------------------------------------------------------------------------------------------
 
     async def _write_until_closed(self) -> None:
         while True:
             if self._batches:
-                await self._commit(self._batches[0])
+                await self._commit(self._batches[0].writes)
                 if self._closing and self._last_error is not None and self._patience_left_s() <= 0:
                     self._lost = (
                         f"{self._pending_records} records were not written: nothing could be written to {self.path} "
@@ -396,7 +440,7 @@ class SQLiteStore:
             self._queued_bytes -= write.nbytes
             room -= write.nbytes
             batch.append(write)
-        self._batches.append(batch)
+        self._batches.append(_Batch(batch, self._queued_since))
         if not self._queue:  # else the rest is overdue already
             self._due = trio.Event()
 
@@ -406,21 +450,22 @@ class SQLiteStore:
         try:
             await trio.to_thread.run_sync(self._database.commit, batch, limiter=self._write_limiter)
         except RejectedError as exc:
-            self._batches.popleft()
-            self._reject(batch, exc)
+            self._reject(self._batches.popleft(), exc)
             return
         except Exception as exc:  # noqa: BLE001  # whatever it is, the records are kept and tried again
             self._failed_commits += 1
             self._failures_in_a_row += 1
             told = schema.translate(exc, self.path) if isinstance(exc, sqlite3.Error) else exc
             self._last_error = str(told)
+            if self._failing_since is None:
+                self._failing_since = time.time()
             await trio.sleep(
                 min(BACKOFF_INITIAL_S * 2 ** min(self._failures_in_a_row - 1, 10), BACKOFF_MAX_S)
             )
             return
         self._batches.popleft()
         self._last_commit_s = time.perf_counter() - began
-        self._last_error = None
+        self._last_error = self._failing_since = None
         self._failures_in_a_row = 0
         self._commits += 1
         self._committed_records += sum(map(_records, batch))
@@ -431,13 +476,13 @@ class SQLiteStore:
         for position, seq in reached.items():
             self._positions.settle(position, seq)
 
-    def _reject(self, batch: Sequence[Write], exc: RejectedError) -> None:
+    def _reject(self, batch: _Batch, exc: RejectedError) -> None:
         """Find the stream whose records cannot be written: commit stream by stream, and give up the one left alone."""
         of_stream: dict[Position, builtins.list[Write]] = {}
-        for write in batch:
+        for write in batch.writes:
             of_stream.setdefault(write.position, []).append(write)
         if len(of_stream) > 1:
-            self._batches.extendleft(reversed(of_stream.values()))
+            self._batches.extendleft(_Batch(writes, batch.since) for writes in reversed(of_stream.values()))
             return
         (position,) = of_stream
         self._positions.fail(
@@ -449,7 +494,7 @@ class SQLiteStore:
         later = [write for write in self._queue if write.position is position]
         self._queue = deque(write for write in self._queue if write.position is not position)
         self._queued_bytes -= sum(write.nbytes for write in later)
-        self._done([*batch, *later])
+        self._done([*batch.writes, *later])
 
     # --- threads -----------------------------------------------------------------------------------------------------
 

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from supervisor.stores import Event, Store, StoredStream
+from supervisor.stores import Event, Retention, Store, StoredStream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
 
-def head(stream_id: str, key: str | None = None) -> StoredStream:
-    return StoredStream(id=stream_id, key=key, created_at=1000.0, head=f'{{"of":"{stream_id}"}}'.encode())
+def head(stream_id: str, key: str | None = None, *, tenant: str | None = None) -> StoredStream:
+    about = f'{{"of":"{stream_id}"}}'.encode()
+    return StoredStream(id=stream_id, key=key, tenant=tenant, created_at=1000.0, head=about)
 
 
 def event(seq: int, *, epoch: int = 1, kind: str = "data", size: int = 0, name: str = "") -> Event:
@@ -32,7 +33,7 @@ def write_ended(
 ):
     """Enqueue a whole stream: its head, `count` events and an outcome."""
     state = options.pop("state", "completed")
-    store.create(head(stream_id, key))
+    store.create(head(stream_id, key, tenant=options.pop("tenant", None)))
     store.append(stream_id, events(1, count, **options))
     store.end(stream_id, event(count + 1, kind="outcome"), state=state, ended_at=ended_at)
 
@@ -57,3 +58,10 @@ async def until(condition: Callable[[], bool]) -> None:
             if condition():
                 return
             await trio.lowlevel.checkpoint()
+
+
+async def pruned(store: Store, *, ended_before: float | None = None, limit: int = 1000, **keep) -> int:
+    """Prune by the limits given; return how many streams went."""
+    if ended_before is not None:
+        keep["max_age_s"] = 0
+    return (await store.prune(Retention(**keep), now=ended_before, limit=limit)).streams

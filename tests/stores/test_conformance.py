@@ -9,7 +9,7 @@ import trio.testing
 from supervisor.errors import ConfigurationError, StoreError
 from supervisor.stores import MemoryStore, SQLiteStore, Store
 
-from .records import event, events, head, opened, write_ended
+from .records import event, events, head, opened, pruned, write_ended
 
 
 @pytest.fixture(params=["memory", "sqlite"])
@@ -249,19 +249,19 @@ async def test_prune_removes_what_ended_first(store):
         async def left() -> set[int]:
             return {int(stream.id[1:]) for stream in await store.list()}
 
-        assert await store.prune() == 0
-        assert await store.prune(ended_before=100.0) == 0
-        assert await store.prune(keep=8) == 0
-        assert await store.prune(keep=0, limit=0) == 0
-        assert await store.prune(ended_before=102.0) == 2
+        assert await pruned(store) == 0
+        assert await pruned(store, ended_before=100.0) == 0
+        assert await pruned(store, max_ended=8) == 0
+        assert await pruned(store, max_ended=0, limit=0) == 0
+        assert await pruned(store, ended_before=102.0) == 2
         assert set(order[2:]) == await left()
-        assert await store.prune(keep=3, limit=1) == 1
+        assert await pruned(store, max_ended=3, limit=1) == 1
         assert set(order[3:]) == await left()
-        assert await store.prune(ended_before=104.0, keep=2) == 3
+        assert await pruned(store, ended_before=104.0, max_ended=2) == 3
         assert set(order[6:]) == await left()
         assert await store.get(key="k4") is None
         assert list(await store.read("s4", after_seq=0, limit=9)) == []
-        assert await store.prune(keep=0) == 2
+        assert await pruned(store, max_ended=0) == 2
         assert [stream.id for stream in await store.unfinished()] == ["s9"]
 
 
@@ -271,9 +271,9 @@ async def test_ended_at_the_same_time_goes_by_id(store):
         for stream_id in ("b", "a", "c", "a\x01"):
             write_ended(store, stream_id, 1, ended_at=5.0)
             await store.wait_durable(stream_id, 2)
-        assert await store.prune(keep=3) == 1
+        assert await pruned(store, max_ended=3) == 1
         assert [stream.id for stream in await store.list()] == ["c", "b", "a\x01"]
-        assert await store.prune(keep=1) == 2
+        assert await pruned(store, max_ended=1) == 2
         assert [stream.id for stream in await store.list()] == ["c"]
 
 

@@ -7,7 +7,7 @@ import pytest
 from supervisor.errors import ConfigurationError
 from supervisor.stores import MemoryStore
 
-from .records import event, events, head, opened, write_ended
+from .records import event, events, head, opened, pruned, write_ended
 
 
 async def test_reads_give_the_same_objects():
@@ -94,7 +94,7 @@ async def test_bytes_are_given_back():
         for index in range(5):
             write_ended(store, f"s{index}", 10)
         assert store.statistics().held_bytes > 0
-        assert await store.prune(keep=0) == 5
+        assert await pruned(store, max_ended=0) == 5
         assert store.statistics().held_bytes == 0
 
 

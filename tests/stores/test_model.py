@@ -13,9 +13,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
 
 from supervisor.errors import StoreError
-from supervisor.stores import Event, MemoryStore, SQLiteStore, StoredStream, segments
+from supervisor.stores import Event, Keep, MemoryStore, Retention, SQLiteStore, StoredStream, segments
 
 STATES = ("completed", "failed", "cancelled")
+
+
+KEEPS = st.fixed_dictionaries(
+    {},
+    optional={"max_ended": st.integers(0, 4), "max_age_s": st.integers(0, 6), "max_bytes": st.just(1 << 30)},
+)
 
 
 class _Loop:
@@ -103,13 +109,18 @@ class Stores(RuleBasedStateMachine):
         return self.loop.run(do)
 
     @rule(
-        target=ids, prefix=st.sampled_from(["a", "b", "Ä", "a\0"]), key=st.sampled_from([None, "", "k", "ü"])
+        target=ids,
+        prefix=st.sampled_from(["a", "b", "Ä", "a\0"]),
+        key=st.sampled_from([None, "", "k", "ü"]),
+        tenant=st.sampled_from([None, "", "acme", "ß"]),
     )
-    def create(self, prefix, key):
+    def create(self, prefix, key, tenant):
         self.created += 1
         stream_id = f"{prefix}{self.created}"
         self.last[stream_id], self.epochs[stream_id] = 0, 1
-        stream = StoredStream(id=stream_id, key=key, created_at=self.created / 3, head=stream_id.encode())
+        stream = StoredStream(
+            id=stream_id, key=key, tenant=tenant, created_at=self.created / 3, head=stream_id.encode()
+        )
         self.both(lambda store: store.create(stream), stream_id)
         return stream_id
 
@@ -184,12 +195,24 @@ class Stores(RuleBasedStateMachine):
         self.ask(lambda store: store.unfinished())
 
     @rule(
-        ended_before=st.none() | st.integers(0, 6).map(float),
-        keep=st.none() | st.integers(0, 4),
+        whole=KEEPS,
+        each=KEEPS,
+        named=st.dictionaries(
+            st.sampled_from(["", "acme"]), KEEPS.map(lambda kept: Keep(**kept)), max_size=1
+        ),
+        now=st.integers(0, 8).map(float),
         limit=st.integers(0, 3),
+        dry_run=st.booleans(),
     )
-    def prune(self, ended_before, keep, limit):
-        self.ask(lambda store: store.prune(ended_before=ended_before, keep=keep, limit=limit))
+    def prune(self, *, whole, each, named, now, limit, dry_run):
+        """Both remove, or would remove, as many by each rule; bytes are counted by each store in its own way."""
+        retention = Retention(**whole, tenant=Keep(**each), tenants=named)
+
+        async def do(store):
+            report = await store.prune(retention, now=now, limit=limit, dry_run=dry_run)
+            return {rule: removed.streams for rule, removed in report.rules.items()}, report.complete
+
+        self.ask(do)
 
     @rule(closed=st.booleans())
     def reopen(self, closed):

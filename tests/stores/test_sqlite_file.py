@@ -15,11 +15,11 @@ import pytest
 import trio
 
 from supervisor.errors import StoreCorruptError, StoreError, StoreLockedError
-from supervisor.stores import SQLiteStore, database, schema
+from supervisor.stores import Keep, Retention, SQLiteStore, pruning, schema
 from supervisor.stores.database import Database
 
 from . import faults
-from .records import event, events, head, opened, until, write_ended
+from .records import event, events, head, opened, pruned, until, write_ended
 
 
 @pytest.fixture
@@ -237,13 +237,13 @@ def edit_page(sound: bytes, path, table: str) -> int:
 async def test_a_newer_file_is_refused(filled):
     """A file of a version to come is left as it is."""
     edit(filled, "PRAGMA user_version = 7")
-    await refused(filled, StoreError, r"newer version \(schema 7, this one knows 1\).*upgrade")
+    await refused(filled, StoreError, r"newer version \(schema 7, this one knows 2\).*upgrade")
     assert edit(filled, "PRAGMA user_version") == [(7,)]
 
 
 async def test_an_older_file_is_migrated_step_by_step(filled, monkeypatch):
     """Each version's step runs once, in order, in its own transaction; what was stored is still there."""
-    monkeypatch.setattr(schema, "SCHEMA_VERSION", 3)
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", 4)
     ran = []
 
     def step(version, statement):
@@ -254,17 +254,17 @@ async def test_an_older_file_is_migrated_step_by_step(filled, monkeypatch):
         return migrate
 
     steps = {
-        1: step(1, "ALTER TABLE streams ADD COLUMN tenant TEXT"),
-        2: step(2, "UPDATE streams SET tenant = 'none'"),
+        2: step(2, "ALTER TABLE streams ADD COLUMN colour TEXT"),
+        3: step(3, "UPDATE streams SET colour = 'none'"),
     }
     monkeypatch.setattr(schema, "MIGRATIONS", steps)
     for _ in range(2):
         async with opened(SQLiteStore(filled)) as store:
             assert len(await store.list()) == 5
             assert len(await store.read("s3", after_seq=0, limit=99)) == 21
-    assert ran == [1, 2]
-    assert edit(filled, "SELECT tenant, count(*) FROM streams GROUP BY tenant") == [("none", 5)]
-    assert edit(filled, "PRAGMA user_version") == [(3,)]
+    assert ran == [2, 3]
+    assert edit(filled, "SELECT colour, count(*) FROM streams GROUP BY colour") == [("none", 5)]
+    assert edit(filled, "PRAGMA user_version") == [(4,)]
 
 
 async def test_a_migration_that_fails_changes_nothing(filled, monkeypatch):
@@ -274,12 +274,12 @@ async def test_a_migration_that_fails_changes_nothing(filled, monkeypatch):
         connection.execute("DELETE FROM streams")
         connection.execute("nonsense")
 
-    monkeypatch.setattr(schema, "SCHEMA_VERSION", 2)
-    monkeypatch.setattr(schema, "MIGRATIONS", {1: broken})
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", 3)
+    monkeypatch.setattr(schema, "MIGRATIONS", {2: broken})
     await refused(filled, StoreError, "nonsense")
-    assert edit(filled, "SELECT count(*), (SELECT * FROM pragma_user_version) FROM streams") == [(5, 1)]
+    assert edit(filled, "SELECT count(*), (SELECT * FROM pragma_user_version) FROM streams") == [(5, 2)]
     monkeypatch.setattr(schema, "MIGRATIONS", {})
-    await refused(filled, StoreError, "has schema 1, from which there is no way to 2")
+    await refused(filled, StoreError, "has schema 2, from which there is no way to 3")
 
 
 async def test_a_start_that_was_cut_off_begins_again(path):
@@ -342,7 +342,7 @@ async def test_pruning_shrinks_the_file(path):
             write_ended(store, f"s{index:02}", 50, size=4000, ended_at=float(index))
         await store.wait_durable("s39", 51)
         full = edit(path, "PRAGMA page_count")[0][0]
-        assert await store.prune(keep=5) == 35
+        assert await pruned(store, max_ended=5) == 35
         assert edit(path, "PRAGMA page_count")[0][0] < full / 5
         assert len(await store.read("s39", after_seq=0, limit=99)) == 51
         assert edit(path, "PRAGMA integrity_check") == [("ok",)]
@@ -359,20 +359,20 @@ async def test_a_large_stream_goes_piece_by_piece(path):
                 store.append(stream_id, events(seq, seq, size=300_000))
             store.end(stream_id, event(81, kind="outcome"), state="completed", ended_at=1.0)
         await store.wait_durable("s2", 81)
-        bound = store._database.prune_bound(None, 1)
+        ((victim, rule),), complete = store._database.plan(Retention(max_ended=1), 0.0, 5)
+        assert (rule, complete) == ("max_ended", True)
         steps = 0
         removed = 0
         while not removed:
-            removed, more = await trio.to_thread.run_sync(store._database.prune, bound, 5)
+            removed = await trio.to_thread.run_sync(store._database.remove, [victim.ref])
             steps += 1
             if not removed:
-                assert more
                 found = await store.get(stream_id="s1")
                 assert 1 < found.first_seq <= 81
                 got = await store.read("s1", after_seq=0, limit=1)
                 assert found.first_seq == got[0].seq
-        assert 80 * 300_000 // database.PRUNE_BYTES <= steps <= 1 + 80 * 300_000 // database.PRUNE_BYTES
-        assert await store.prune(keep=1) == 0
+        assert 80 * 300_000 // pruning.PRUNE_BYTES <= steps <= 1 + 80 * 300_000 // pruning.PRUNE_BYTES
+        assert await pruned(store, max_ended=1) == 0
         assert [stream.id for stream in await store.list()] == ["s2"]
 
 
@@ -385,7 +385,7 @@ async def test_commits_go_on_while_a_prune_does(path):
         done = trio.Event()
 
         async def prune() -> None:
-            await store.prune(keep=0)
+            await pruned(store, max_ended=0)
             done.set()
 
         async with trio.open_nursery() as nursery:
@@ -404,9 +404,9 @@ async def test_a_prune_that_fails_says_so_and_changes_nothing(path, monkeypatch)
         await store.wait_durable("s1", 6)
         disk.before = faults.failing("COMMIT", 1)
         with pytest.raises(StoreError, match="simulated"):
-            await store.prune(keep=0)
+            await pruned(store, max_ended=0)
         assert len(await store.read("s1", after_seq=0, limit=99)) == 6
-        assert await store.prune(keep=0) == 1
+        assert await pruned(store, max_ended=0) == 1
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
@@ -434,8 +434,10 @@ async def test_no_statement_reads_a_whole_table(filled, monkeypatch):
         await store.list(limit=2)
         await store.list(before_id="s4", limit=2)
         await store.list(before_id="s4", states=["completed", "failed"], limit=2)
-        await store.prune(keep=3)
-        await store.prune(ended_before=103.0)
+        write_ended(store, "t1", 3, tenant="acme")
+        await store.wait_durable("t1", 4)
+        await store.prune(Retention(max_ended=3, tenant=Keep(max_ended=0)))
+        await pruned(store, ended_before=103.0)
     connection = sqlite3.connect(filled)
     looked_at = 0
     for statement in dict.fromkeys(seen):
