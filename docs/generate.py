@@ -41,6 +41,8 @@ from supervisor.upstream import (
     RetryPolicy,
     StreamTransport,
     attempt,
+    dial,
+    names,
     source,
     transport,
 )
@@ -117,6 +119,7 @@ CALLABLES: Sequence[tuple[Any, str, str, dict[str, str]]] = (
             "max_head_bytes": "A response's head.",
             "max_idle_connections": "Connections kept for reuse.",
             "idle_s": "How long each is kept.",
+            "names_s": "How long the addresses of a name are used before it is asked for again.",
             "drain_s": "How long the end of a body may be waited for, to reuse the connection.",
             "read_bytes": "What one read of a socket returns at most.",
         },
@@ -165,6 +168,17 @@ CONSTANTS: Sequence[tuple[str, str, object]] = (
         "supervisor.upstream.transport.RACE_S",
         "How long after a request on a reused connection its silent end counts as the server's idle timeout.",
         transport.RACE_S,
+    ),
+    ("supervisor.upstream.names.MAX_NAMES", "Names whose addresses are kept.", names.MAX_NAMES),
+    (
+        "supervisor.upstream.dial.MAX_ADDRESSES",
+        "Addresses of a name that one connect tries.",
+        dial.MAX_ADDRESSES,
+    ),
+    (
+        "supervisor.upstream.dial.STAGGER_S",
+        "How long an address may take before the next is tried beside it.",
+        dial.STAGGER_S,
     ),
 )
 """Limits that are not options."""
@@ -547,8 +561,8 @@ def _alike(
     found: dict[tuple[Any, ...], list[str]] = {}
     for one in dialects:
         found.setdefault(ask(one), []).append(f"`{one.name}`")
-    for answer, names in found.items():
-        yield ", ".join(names), answer
+    for answer, whose in found.items():
+        yield ", ".join(whose), answer
 
 
 def _rungs(dialect: Dialect) -> str:

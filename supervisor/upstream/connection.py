@@ -26,7 +26,9 @@ import attrs
 import trio
 
 from supervisor.errors import ConnectError, RemoteProtocolError
+from supervisor.upstream.dial import dial
 from supervisor.upstream.head import write_head
+from supervisor.upstream.names import Names
 from supervisor.upstream.proxy import Proxy, authority
 from supervisor.upstream.tls import TLSLayer
 
@@ -298,6 +300,7 @@ class Connection:
 async def connect(
     origin: Origin,
     *,
+    names: Names,
     ssl_context: Callable[[], ssl.SSLContext],
     read_bytes: int,
     max_head_bytes: int,
@@ -305,12 +308,11 @@ async def connect(
 ) -> Connection:
     """Connect to an origin, through its proxy if it has one, up to where a request can be written.
 
-    Names are resolved in a thread and addresses tried as happy eyeballs does (RFC 8305), both by trio. A cancel closes
-    whatever is open at once; a resolver's thread is left to finish by itself. Raises ConnectError, whose message has the
+    See `names` and `dial`. A cancel closes whatever is open at once. Raises ConnectError, whose message has the
     host and the cause and whose `__cause__` is the OSError.
     """
     proxy = origin.proxy
-    sock = await _dial(origin)
+    sock = await _dial(origin, names)
     connection = Connection(sock, origin, read_bytes=read_bytes, counters=counters)
     try:
         if proxy is not None and proxy.scheme == "https":
@@ -325,19 +327,19 @@ async def connect(
     return connection
 
 
-async def _dial(origin: Origin) -> socket.socket:
-    host, port = (
-        (origin.host, origin.port) if origin.proxy is None else (origin.proxy.host, origin.proxy.port)
-    )
+async def _dial(origin: Origin, names: Names) -> socket.socket:
+    proxy = origin.proxy
+    host, port = (origin.host, origin.port) if proxy is None else (proxy.host, proxy.port)
     try:
-        stream = await trio.open_tcp_stream(host, port)
-    except (OSError, UnicodeError) as exc:
-        raise ConnectError(f"cannot connect to {origin}: {_causes(exc)}") from exc
-    # A standard socket again (no await in between): trio's wrapper reads before it waits, see above.
-    theirs = stream.socket
-    ours = socket.socket(theirs.family, theirs.type, theirs.proto, fileno=theirs.detach())
-    ours.setblocking(False)
-    return ours
+        addresses = await names.addresses(host, port)
+        try:
+            return await dial(addresses)
+        except OSError:
+            names.forget(host, port, addresses)
+            raise
+    except (OSError, ValueError) as exc:
+        whose = "" if proxy is None else "the proxy cannot be reached: "
+        raise ConnectError(f"cannot connect to {origin}: {whose}{_causes(exc)}") from exc
 
 
 async def _secure(connection: Connection, context: ssl.SSLContext, server_hostname: str, whom: str) -> None:
@@ -378,13 +380,11 @@ async def _tunnel(connection: Connection, proxy: Proxy, max_head_bytes: int) -> 
 
 
 def _causes(exc: BaseException) -> str:
-    """Say why, in the system's words: each distinct reason of the addresses tried, or the TLS library's own."""
+    """Say why, in the system's words or the TLS library's own."""
     if isinstance(exc, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {exc.verify_message}"
     if isinstance(exc, ssl.SSLError):
         return f"TLS failed: {exc.reason or exc}"
-    if isinstance(exc.__cause__, BaseExceptionGroup):
-        return "; ".join(dict.fromkeys(_causes(leaf) for leaf in exc.__cause__.exceptions))
     if isinstance(exc, OSError) and exc.errno is not None and exc.errno > 0:
         return os.strerror(exc.errno)
     return str(exc)

@@ -47,6 +47,7 @@ from supervisor.errors import (
 from supervisor.upstream.connection import Connection, Counters, Origin, connect
 from supervisor.upstream.exchange import Exchange
 from supervisor.upstream.head import HeadReader, ResponseHead, checked_headers, tokens, write_head
+from supervisor.upstream.names import Names
 from supervisor.upstream.pool import IdlePool
 from supervisor.upstream.proxy import EnvironmentProxies, Proxy
 from supervisor.upstream.shared import SharedReader, shared_reading_works
@@ -129,6 +130,7 @@ class StreamTransport(httpx.AsyncBaseTransport):
     max_head_bytes: bound of a response's head, 1xx responses included.
     max_idle_connections, idle_s: how many connections are kept for reuse, and each for how long, in seconds; less where
       the server's `Keep-Alive: timeout=` says so. 0 connections: no reuse.
+    names_s: how long the addresses of a name are used before it is asked for again, in seconds; 0: each time.
     drain_s: how long `Exchange.aclose` may wait for the end of a body, in seconds.
     read_bytes: the most that one read of a socket returns.
     shared_reader: whether one task reads the bodies of all exchanges that are pumped; None: where the platform can.
@@ -144,6 +146,7 @@ class StreamTransport(httpx.AsyncBaseTransport):
         max_head_bytes: int = 64 << 10,
         max_idle_connections: int = 100,
         idle_s: float = 30.0,
+        names_s: float = 5.0,
         drain_s: float = 0.05,
         read_bytes: int = 64 << 10,
         proxy: str | None = None,
@@ -154,6 +157,7 @@ class StreamTransport(httpx.AsyncBaseTransport):
             ("max_head_bytes", max_head_bytes, 256),
             ("max_idle_connections", max_idle_connections, 0),
             ("idle_s", idle_s, 0),
+            ("names_s", names_s, 0),
             ("drain_s", drain_s, 0),
             ("read_bytes", read_bytes, 1),
         ):
@@ -167,6 +171,7 @@ class StreamTransport(httpx.AsyncBaseTransport):
         self._read_bytes = read_bytes
         self._proxy = None if proxy is None else Proxy.parse(proxy)
         self._environment = EnvironmentProxies(os.environ) if trust_env and proxy is None else None
+        self._names = Names(keep_s=names_s)
         self._pool = IdlePool(max_count=max_idle_connections, max_age_s=idle_s)
         self._counters = Counters()
         if shared_reader and not shared_reading_works():
@@ -240,6 +245,7 @@ class StreamTransport(httpx.AsyncBaseTransport):
         with _within(timeouts.connect, httpx.ConnectTimeout):
             connection = await connect(
                 origin,
+                names=self._names,
                 ssl_context=self._context,
                 read_bytes=self._read_bytes,
                 max_head_bytes=self._max_head_bytes,
