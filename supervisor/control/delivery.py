@@ -206,11 +206,17 @@ class Deliveries:
                 delivery.fail_by(error)
 
     def _serve(self, topic: Topic) -> None:
-        """Stage what is new on a stream for all who are in step."""
+        """Stage what is new on a stream for all who are in step.
+
+        If nobody is to get anything else in this turn, those who have nothing staged are written to as it goes: there is
+        no more to come that could go with it, and what a connection needs for it is in the caches.
+        """
         topic.queued = False
-        batch: Batch | None = None
-        count = shared = 0
+        batch = NOTHING  # or what the watch before was served with
+        after, text, count, prefix, framed, epoch, seq = -1, False, 0, b"", b"", 0, 0
+        shared = 0
         staged = self.staged
+        at_once = not self._queue and not self._behind
         ending = topic.stream.state == "stopping"
         watches = tuple(topic.in_step)
         self._cost += len(watches)
@@ -218,28 +224,29 @@ class Deliveries:
             delivery, events = watch.delivery, watch.events
             try:
                 if (
-                    batch is None
-                    or events.seq != batch.after
-                    or watch.text is not batch.text
+                    events.seq != after
+                    or watch.text is not text
                     or watch.credit <= count
                     or delivery.frames
                     or delivery.behind
                     or not delivery.outbox.has_room
                 ):
                     batch = delivery.serve(watch)
-                    if batch is not None:
-                        count = batch.count
-                        if (
-                            watch.closed or ending
-                        ):  # it may be the last: there is more to be done than to send it
-                            batch = None
+                    if batch is NOTHING or ending or watch.closed:  # at an end there is more than sending
+                        after = -1
+                    else:
+                        after, text, count = batch.after, batch.text, batch.count
+                        epoch, seq = batch.epoch, batch.last
+                        prefix, framed = batch.prefix, batch.framed
                     continue
                 # What `serve` comes to for the many that differ in nothing. What a delivery costs, it costs here.
-                delivery.frames.append(
-                    batch.framed if watch.prefix == batch.prefix else batch.frame(watch.prefix)
-                )
-                staged.append(delivery)
-                events.advance(batch.epoch, batch.last)
+                frame = framed if watch.prefix == prefix else batch.frame(watch.prefix)
+                if at_once:
+                    delivery.send(frame)
+                else:
+                    delivery.frames.append(frame)
+                    staged.append(delivery)
+                events.advance(epoch, seq)
                 watch.credit -= count
                 shared += 1
             except Exception as error:  # noqa: BLE001  # raised in the connection it belongs to
@@ -330,6 +337,8 @@ class Delivery:
         self._staged_bytes = 0
         self._nursery: trio.Nursery
         self.outbox = link.outbox
+        self.send = link.write
+        """Writes a frame now: for one who has nothing staged."""
         self.frames: list[bytes] = []
         """What is staged in this turn."""
         self.behind: OrderedDict[Watch, None] = OrderedDict()
@@ -418,15 +427,15 @@ class Delivery:
 
     # --- serving -----------------------------------------------------------------------------------------------------
 
-    def serve(self, watch: Watch) -> Batch | None:
-        """Stage a notification for a watch in step; return what it was made of. It goes behind if there is no room."""
+    def serve(self, watch: Watch) -> Batch:
+        """Stage a notification for a watch in step, and return what it was made of. It goes behind if there is no room."""
         topic = watch.topic
         if self.behind or not self.outbox.has_room:
             topic.in_step.pop(watch, None)
             if not watch.closed:
                 self.behind[watch] = None
                 self._wait_for_room()
-            return None
+            return NOTHING
         batch = self._take(watch)
         if watch.fetching or not watch.credit:
             topic.in_step.pop(watch, None)
@@ -454,17 +463,17 @@ class Delivery:
         else:
             self.outbox.when_room = partial(self._deliveries.queue_behind, self)
 
-    def _take(self, watch: Watch) -> Batch | None:
-        """Stage one batch of a subscription."""
+    def _take(self, watch: Watch) -> Batch:
+        """Stage one batch of a subscription; return it, or `NOTHING`."""
         try:
             batch = self._deliveries.batch(watch, self._limits)
         except SupervisorError as error:
             self._fail(watch, error)
-            return None
+            return NOTHING
         if batch is None:
             watch.fetching = True
             self._nursery.start_soon(self._beside, watch, self._fetch)
-            return None
+            return NOTHING
         events = watch.events
         if batch is not NOTHING:
             self._stage(batch.frame(watch.prefix))
@@ -475,7 +484,7 @@ class Delivery:
         elif not watch.settling and events.seq >= events.tail and watch.topic.stream.state == "stopping":
             watch.settling = True
             self._nursery.start_soon(self._beside, watch, self._settle)
-        return None if batch is NOTHING else batch
+        return batch
 
     def _stage(self, frame: bytes) -> None:
         if not self.frames:
@@ -489,10 +498,10 @@ class Delivery:
         """Write what is staged: to the socket, and what that does not take to the outbox."""
         frames = self.frames
         if frames:
-            data = frames[0] if len(frames) == 1 else b"".join(frames)
+            data = frames.pop() if len(frames) == 1 else b"".join(frames)
             frames.clear()
             self._staged_bytes = 0
-            self._link.write(data)
+            self.send(data)
 
     # --- what waits on a subscription's behalf -----------------------------------------------------------------------
 

@@ -100,6 +100,8 @@ class GuardedStream(trio.abc.Stream):
         self.stalled = False
         self.over = trio.Event()
         """Set when nothing more will be received, for whatever reason, or nothing more can be sent."""
+        self.when_unfinished: Callable[[], None] | None = None
+        """Called when `send_nowait` has sent a part of a frame: see `unfinished`."""
 
     # --- receiving: only trio-websocket's reader task ----------------------------------------------------------------
 
@@ -202,19 +204,25 @@ class GuardedStream(trio.abc.Stream):
         if self._rest or self._broken or self._close_sent or self._fileno is None:
             return False
         try:
-            sent = self._offer(data)
-        except trio.BrokenResourceError:
-            return True
-        if 0 < sent < len(data):
+            sent = os.write(self._fileno(), data)  # trio's own `send` is a coroutine
+        except BlockingIOError:
+            return False
+        except OSError:
+            self._broken = True
+            self.over.set()
+            return True  # nothing can be kept for a peer that is gone: it comes back for what it has not seen
+        if sent != len(data):
             self._rest = data[sent:]
-        return sent > 0
+            if self.when_unfinished is not None:
+                self.when_unfinished()
+        return True
 
     def _offer(self, data: bytes) -> int:
         """Send what the socket takes at once; return how much. Raises BrokenResourceError."""
         if self._fileno is None:
             return 0
         try:
-            return os.write(self._fileno(), data)  # trio's own `send` is a coroutine
+            return os.write(self._fileno(), data)  # as in `send_nowait`, which does without this call
         except BlockingIOError:
             return 0
         except OSError as error:
@@ -412,6 +420,7 @@ class Link:
         self._limits = limits
         self._client = client
         self.outbox = Outbox(limits.outbox_bytes)
+        guard.when_unfinished = self.outbox.wake
         self._writing = trio.CancelScope(shield=True)
         self._taken = b""  # what the writer has taken from the outbox and not sent
         self._sending = False
@@ -438,10 +447,8 @@ class Link:
 
         For one who has looked for room in the outbox before a bounded batch.
         """
-        if self._sending or self._taken or self.outbox.nbytes or not self._guard.send_nowait(data):
+        if self._taken or self.outbox.nbytes or not self._guard.send_nowait(data):
             self.outbox.append(data)
-        elif self._guard.unfinished:
-            self.outbox.wake()
 
     async def receive(self) -> str | bytes:
         """Wait for the next message. Raises ControlClosedError when there will be none."""

@@ -13,6 +13,7 @@ that those who are behind get more in one.
 from __future__ import annotations
 
 import base64
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -108,6 +109,7 @@ def cut(events: Sequence[Event], max_events: int, max_bytes: int) -> Sequence[Ev
     return events if count == len(events) else events[:count]
 
 
+@functools.lru_cache(maxsize=1024)
 def sub_prefix(sub: str) -> bytes:
     """Return how every notification of a subscription begins: what a batch does not hold."""
     return b'{"jsonrpc":"2.0","method":"stream.events","params":{"sub":"%b' % sub.encode()
