@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from supervisor.dialects import NATIVE, Delta
+from supervisor.dialects import GEMINI, GENERIC, NATIVE, Delta
 from supervisor.dialects.openai_chat import OPENAI_CHAT
 from supervisor.dialects.reading import BodyReader
 from supervisor.errors import ConfigurationError
@@ -331,3 +331,32 @@ def test_a_further_choice_takes_the_mark_back():
 
     assert sink.marks == ["stop", None, "stop"]
     assert sink.ending == ("completed", "stop")
+
+
+def test_a_finish_reason_is_no_mark_where_there_is_no_marker():
+    """More of the answer may follow it: a clock that runs out then, or a stop, must not complete it."""
+    sink = RecordingSink()
+    candidate = {"content": {"parts": [{"text": "a"}]}, "finishReason": "STOP"}
+    BodyReader(GEMINI, sink).feed(event({"candidates": [candidate]}))
+    assert (sink.marks, sink.snapshot.finish_reason) == ([], "STOP")
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "pieces", "begun_anew"),
+    [
+        ("1", "2", [b"id: 1\ndata: a\n\n"], True),
+        ("1", "2", [b"id: 3\ndata: c\n\n", b"id: 1\ndata: d\n\n"], False),
+        ("1", "1", [b"data: b\n\n"], False),
+        ("1", "1", [b"id: 1\ndata: b\n\n"], False),
+        ("1", "2", [b"data: c\n\n"], False),
+    ],
+    ids=["its first id again", "used again later", "only one id", "that one sent again", "no id"],
+)
+def test_an_event_stream_that_is_gone_on_with(first: str, last: str, pieces: list[bytes], begun_anew: bool):
+    """It has begun anew if its first event is the first of all; an id that proves nothing is no reason to give the answer up."""
+    sink = RecordingSink()
+    body = BodyReader(GENERIC, sink, last_event_id=last, first_event_id=first)
+    for piece in pieces:
+        body.feed(piece)
+    assert (sink.state, sink.reason) == (("failed", "protocol") if begun_anew else ("", ""))
+    assert len(sink.payloads) == (0 if begun_anew else len(pieces))

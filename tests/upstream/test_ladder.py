@@ -336,6 +336,7 @@ def test_an_open_circuit_refuses_further_attempts_only() -> None:
     assert climb.made == 1
     assert climb.next(REFUSED, NOTHING, 0.0) is None
     assert climb.passed_over == {"retry": "the circuit of one is open"}
+    assert climb.telling  # although there is no other upstream: it would have been asked again
 
 
 def test_an_open_circuit_sends_the_first_attempt_to_the_fallback() -> None:

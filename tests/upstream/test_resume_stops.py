@@ -316,6 +316,19 @@ async def test_a_drain_before_the_next_attempt(virtual: trio.testing.MockClock) 
     assert circuit.told == ["failed", "allows", "abandoned"]
 
 
+@pytest.mark.parametrize("state", ["closed", "half_open"])
+async def test_an_attempt_that_delivers_counts_once(state: str, virtual: trio.testing.MockClock) -> None:
+    """At its first event where a circuit waits for that, else at its end; never both, or failures would be outweighed."""
+    circuit = Circuit()
+    circuit.state = lambda now: state  # type: ignore[method-assign]  # what this test is about
+    one = Provider(lambda _: events(CREATED, DELTA, DONE))
+    async with providers(one), open_supervisor() as sup, StreamTransport(trust_env=False) as transport:
+        source = HttpSource(responses(one), BACKGROUND, transport=transport, circuits=lambda _: circuit)
+        stream = await sup.start(source)
+        await stream.wait()
+    assert circuit.told == ["succeeded"]
+
+
 async def test_a_drain_before_the_first_attempt(virtual: trio.testing.MockClock) -> None:
     """Nothing is asked for a stream that is stopped before it has begun, in whatever mode."""
     one = Provider(lambda _: whole(200, b"data: [DONE]\n\n"))

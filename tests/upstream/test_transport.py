@@ -488,6 +488,24 @@ async def test_abort_from_another_task(nursery, transport):
     assert "closed" in repr(exchange)
 
 
+async def test_abort_while_the_shared_reader_has_the_socket(nursery, transport):
+    """The task that pumps is told at once, and the reader knows the socket no more: its number may be another's next."""
+    server = await serve(nursery, answering(CHUNKED + b"3\r\nabc\r\n"))
+    exchange = await transport.open(post(server.url))
+    pieces: list[bytes] = []
+
+    async def pump() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await exchange.pump(lambda data: pieces.append(data) is None)
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as tasks:
+            tasks.start_soon(pump)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            exchange.abort()
+    assert pieces == [b"abc"]
+
+
 async def test_abort_while_there_is_more_to_read(nursery, monkeypatch):
     """A reader that had only paused before its next read is told the same as one that waited."""
 
