@@ -248,7 +248,6 @@ class SharedReader:
                             await poller.wait()
                             self._waiting = list(poller.ready())
                         woken = trio.current_time()
-                        self._waiting.reverse()
                     self._turn()
         except Exception as error:  # noqa: BLE001  # a mistake of ours must not take the whole run with it; the streams tell
             _log.exception("the shared reader failed; its streams fail with it")
