@@ -44,6 +44,7 @@ from supervisor.upstream import (
     dial,
     names,
     source,
+    tls,
     transport,
 )
 
@@ -168,6 +169,12 @@ CONSTANTS: Sequence[tuple[str, str, object]] = (
         "supervisor.upstream.transport.RACE_S",
         "How long after a request on a reused connection its silent end counts as the server's idle timeout.",
         transport.RACE_S,
+    ),
+    ("supervisor.upstream.tls.MAX_SESSIONS", "TLS sessions kept to be resumed.", tls.MAX_SESSIONS),
+    (
+        "supervisor.upstream.tls.SESSION_S",
+        "How long after a server was verified its session may be resumed.",
+        tls.SESSION_S,
     ),
     ("supervisor.upstream.names.MAX_NAMES", "Names whose addresses are kept.", names.MAX_NAMES),
     (

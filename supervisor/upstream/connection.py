@@ -30,7 +30,7 @@ from supervisor.upstream.dial import dial
 from supervisor.upstream.head import write_head
 from supervisor.upstream.names import Names
 from supervisor.upstream.proxy import Proxy, authority
-from supervisor.upstream.tls import TLSLayer
+from supervisor.upstream.tls import SessionKey, Sessions, TLSLayer
 
 __all__ = ["Connection", "Counters", "Origin", "connect"]
 
@@ -65,6 +65,7 @@ class Counters:
 
     open: int = 0
     opened: int = 0
+    resumed: int = 0
     reused: int = 0
     retried: int = 0
     aborted: int = 0
@@ -86,6 +87,7 @@ class Connection:
         "keep_s",
         "origin",
         "socket",
+        "unkept",
     )
 
     def __init__(self, sock: socket.socket, origin: Origin, *, read_bytes: int, counters: Counters) -> None:
@@ -96,6 +98,8 @@ class Connection:
         """Whether there is TLS: bytes off the socket have to go through `decode`."""
         self.keep_s = float("inf")
         """For how many seconds the server says it keeps the connection when idle (`Keep-Alive: timeout=`)."""
+        self.unkept: tuple[tuple[SessionKey, TLSLayer], ...] = ()
+        """The layers that began with a full handshake, whose sessions are to be kept once their servers have given them."""
         self._read_bytes = read_bytes
         self._counters = counters
         self._layers: tuple[TLSLayer, ...] = ()
@@ -245,9 +249,13 @@ class Connection:
 
     # --- opening and closing -----------------------------------------------------------------------------------------
 
-    async def start_tls(self, context: ssl.SSLContext, server_hostname: str) -> None:
-        """Add a TLS layer and shake hands. Raises OSError (ssl.SSLError among them) or ValueError (a bad name)."""
-        layer = TLSLayer(context, server_hostname)
+    async def start_tls(self, key: SessionKey, session: ssl.SSLSession | None) -> bool:
+        """Add a TLS layer, shake hands, and return whether the session offered was resumed.
+
+        Raises OSError (ssl.SSLError among them) or ValueError (a bad name).
+        """
+        context, _, _, server_hostname = key
+        layer = TLSLayer(context, server_hostname, session)
         data = b""
         while True:
             try:
@@ -264,11 +272,14 @@ class Connection:
             if not data:
                 raise ConnectionError("the connection was closed during the TLS handshake")
         if layer.alpn not in (None, "http/1.1"):
-            raise ConnectionError(
-                f"the ssl_context negotiated {layer.alpn}, and only HTTP/1.1 is spoken here"
-            )
+            raise ConnectionError(f"the server chose {layer.alpn} (ALPN), and only HTTP/1.1 is spoken here")
         self._layers += (layer,)
         self.encrypted = True
+        if layer.resumed:
+            self._counters.resumed += 1
+            return True
+        self.unkept += ((key, layer),)
+        return False
 
     def close(self) -> None:
         """Close an idle connection now, telling a TLS peer if that takes no waiting. Idempotent."""
@@ -302,29 +313,39 @@ async def connect(
     *,
     names: Names,
     ssl_context: Callable[[], ssl.SSLContext],
+    sessions: Sessions,
     read_bytes: int,
     max_head_bytes: int,
     counters: Counters,
 ) -> Connection:
     """Connect to an origin, through its proxy if it has one, up to where a request can be written.
 
-    See `names` and `dial`. A cancel closes whatever is open at once. Raises ConnectError, whose message has the
+    See `names`, `dial` and `tls`. A TLS session that does not even lead to a full handshake is forgotten, and the connection
+    made once more without it. A cancel closes whatever is open at once. Raises ConnectError, whose message has the
     host and the cause and whose `__cause__` is the OSError.
     """
     proxy = origin.proxy
-    sock = await _dial(origin, names)
-    connection = Connection(sock, origin, read_bytes=read_bytes, counters=counters)
-    try:
-        if proxy is not None and proxy.scheme == "https":
-            await _secure(connection, ssl_context(), proxy.host, f"the proxy {proxy}")
-        if origin.scheme == "https":
-            if proxy is not None:
-                await _tunnel(connection, proxy, max_head_bytes)
-            await _secure(connection, ssl_context(), origin.server_hostname or origin.host, str(origin))
-    except BaseException:
-        connection.abort()
-        raise
-    return connection
+    offered: Sessions | None = sessions
+    while True:
+        sock = await _dial(origin, names)
+        connection = Connection(sock, origin, read_bytes=read_bytes, counters=counters)
+        try:
+            if proxy is not None and proxy.scheme == "https":
+                key = (ssl_context(), proxy.host, proxy.port, proxy.host)
+                await _secure(connection, key, offered, f"the proxy {proxy}")
+            if origin.scheme == "https":
+                if proxy is not None:
+                    await _tunnel(connection, proxy, max_head_bytes)
+                key = (ssl_context(), origin.host, origin.port, origin.server_hostname or origin.host)
+                await _secure(connection, key, offered, str(origin))
+        except _ResumptionError:
+            connection.abort()
+            offered = None
+        except BaseException:
+            connection.abort()
+            raise
+        else:
+            return connection
 
 
 async def _dial(origin: Origin, names: Names) -> socket.socket:
@@ -342,11 +363,21 @@ async def _dial(origin: Origin, names: Names) -> socket.socket:
         raise ConnectError(f"cannot connect to {origin}: {whose}{_causes(exc)}") from exc
 
 
-async def _secure(connection: Connection, context: ssl.SSLContext, server_hostname: str, whom: str) -> None:
+class _ResumptionError(Exception):
+    """A handshake failed in which a session was offered. That may have been the reason."""
+
+
+async def _secure(connection: Connection, key: SessionKey, sessions: Sessions | None, whom: str) -> None:
+    session = None if sessions is None else sessions.find(key, now=trio.current_time())
     try:
-        await connection.start_tls(context, server_hostname)
+        resumed = await connection.start_tls(key, session)
     except (OSError, ValueError) as exc:
-        raise ConnectError(f"cannot connect to {whom}: {_causes(exc)}") from exc
+        if sessions is None or session is None:
+            raise ConnectError(f"cannot connect to {whom}: {_causes(exc)}") from exc
+        sessions.drop(key, session)
+        raise _ResumptionError from exc
+    if sessions is not None and session is not None and not resumed:
+        sessions.drop(key, session)
 
 
 async def _tunnel(connection: Connection, proxy: Proxy, max_head_bytes: int) -> None:

@@ -51,7 +51,7 @@ from supervisor.upstream.names import Names
 from supervisor.upstream.pool import IdlePool
 from supervisor.upstream.proxy import EnvironmentProxies, Proxy
 from supervisor.upstream.shared import SharedReader, shared_reading_works
-from supervisor.upstream.tls import shared_context
+from supervisor.upstream.tls import Sessions, shared_context
 from supervisor.wire.http1 import framing_for
 
 __all__ = ["Exchange", "StreamTransport", "TransportStatistics"]
@@ -74,6 +74,8 @@ class TransportStatistics:
     """Connections waiting to be used again."""
     opened: int
     """TCP connections made since the start."""
+    resumed: int
+    """TLS handshakes that took up an earlier session."""
     reused: int
     """Requests sent on a connection that had carried another."""
     retried: int
@@ -171,6 +173,7 @@ class StreamTransport(httpx.AsyncBaseTransport):
         self._read_bytes = read_bytes
         self._proxy = None if proxy is None else Proxy.parse(proxy)
         self._environment = EnvironmentProxies(os.environ) if trust_env and proxy is None else None
+        self._sessions = Sessions()
         self._names = Names(keep_s=names_s)
         self._pool = IdlePool(max_count=max_idle_connections, max_age_s=idle_s)
         self._counters = Counters()
@@ -247,6 +250,7 @@ class StreamTransport(httpx.AsyncBaseTransport):
                 origin,
                 names=self._names,
                 ssl_context=self._context,
+                sessions=self._sessions,
                 read_bytes=self._read_bytes,
                 max_head_bytes=self._max_head_bytes,
                 counters=self._counters,
@@ -304,6 +308,9 @@ class StreamTransport(httpx.AsyncBaseTransport):
             if name == b"keep-alive" and (found := _KEEP_ALIVE_TIMEOUT.search(value)):
                 # A second early: the two clocks differ by the way there.
                 connection.keep_s = max(0.0, int(found[1]) - 1.0)
+        for key, layer in connection.unkept:  # TLS 1.3 gives tickets before it gives data
+            self._sessions.keep(key, layer, now=trio.current_time())
+        connection.unkept = ()
         method = prepared.method.decode("ascii")
         return Exchange(
             connection,

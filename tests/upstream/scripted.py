@@ -78,9 +78,9 @@ async def serve(
     nursery: trio.Nursery,
     handler: Handler,
     *,
-    ssl_context: ssl.SSLContext | None = None,
+    ssl_context: ssl.SSLContext | Callable[[], ssl.SSLContext] | None = None,
 ) -> Server:
-    """Listen on a free port. A handler that meets the end of its connection is done; any other error is the test's."""
+    """Listen on a free port; a function is asked for the context of each connection. A handler that meets the end of its connection is done; any other error is the test's."""
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     server = Server(listeners[0].socket.getsockname()[1], tls=ssl_context is not None)
 
@@ -88,7 +88,8 @@ async def serve(
         server.connections += 1
         stream: trio.abc.Stream = raw
         if ssl_context is not None:
-            stream = trio.SSLStream(raw, ssl_context, server_side=True)
+            context = ssl_context if isinstance(ssl_context, ssl.SSLContext) else ssl_context()
+            stream = trio.SSLStream(raw, context, server_side=True)
         peer = Peer(stream, raw, server.connections)
         try:
             await handler(peer)
