@@ -119,6 +119,17 @@ def _run(script: str, tmp_path: Path) -> dict:
             id="store",
         ),
         pytest.param(
+            "control.py",
+            {
+                "one stream to many subscribers, back to back: CPU per delivery",
+                "one stream to many subscribers, at rest: CPU per delivery",
+                "many streams over one connection: CPU per event",
+            },
+            set(),
+            4,
+            id="control",
+        ),
+        pytest.param(
             "floor.py",
             {"paced, plain: CPU per event"} if COMPILER and sys.platform == "linux" else set(),
             {"C", "C, sent on", "ours", "raw trio"},
