@@ -26,7 +26,7 @@ from supervisor.streams import Output, Stream
 
 from .harness import Closed, Peer, Scene, clog, handshake, open_scene, until
 
-QUICK = ControlLimits(handshake_s=0.3, link=LinkLimits(close_s=0.5))
+QUICK = ControlLimits(handshake_s=1.0, link=LinkLimits(close_s=0.5))
 
 
 @contextlib.asynccontextmanager
