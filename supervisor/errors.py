@@ -30,6 +30,7 @@ __all__ = [
     "StoreCorruptError",
     "StoreError",
     "StoreLockedError",
+    "StoreUnavailableError",
     "StreamSealedError",
     "SupervisorClosedError",
     "SupervisorError",
@@ -173,6 +174,14 @@ class StoreError(SupervisorError):
 
 class StoreLockedError(StoreError):
     """Another process holds the store."""
+
+
+class StoreUnavailableError(StoreError):
+    """The store cannot write at present, so that nothing new could be recorded: nothing was started; try again after `retry_after_s`."""
+
+    def __init__(self, why: str, *, retry_after_s: float) -> None:
+        super().__init__(f"the store cannot write ({why}); nothing was started, retry in {retry_after_s:g} s")
+        self.retry_after_s = retry_after_s
 
 
 class StoreCorruptError(StoreError):

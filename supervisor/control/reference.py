@@ -94,7 +94,9 @@ def render() -> str:
                 "Result: an object with `status` (`ok`, `degraded`, `draining`), `problems` and figures (`Health`), among them `circuits`: "
                 "for each upstream that was asked, the `state` of its circuit (`closed`, `open`, `half_open`), its `failures` and "
                 "`successes` (weighted by age), how often it `opened`, how many further attempts it `refused`, and `trial_in_s`. "
-                "`status` does not go by them.\n"
+                "`status` does not go by them. `store` tells of the store (`StoreHealth`): its `state` (`ok`, `behind`, `failing`), what is "
+                "queued (`lag_events`, `lag_bytes`, and `lag_s`, how long the first of it has waited), and, while nothing can be written, the "
+                "`error` and `failing_since`.\n"
             )
         elif method.result is not None and issubclass(method.result, msgspec.Struct):
             parts.append(_type("Result", method.result, used))

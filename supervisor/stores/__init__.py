@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from supervisor.stores.base import Event, EventKind, Store, StoredStream, StoreStatistics
+from supervisor.stores.base import Event, EventKind, Store, StoredStream, StoreHealth, StoreStatistics
 from supervisor.stores.memory import MemoryStore
 from supervisor.stores.retention import Keep, PruneReport, Removed, Retention, retain
 from supervisor.stores.sqlite import SQLiteStore
@@ -17,6 +17,7 @@ __all__ = [
     "Retention",
     "SQLiteStore",
     "Store",
+    "StoreHealth",
     "StoreStatistics",
     "StoredStream",
     "retain",

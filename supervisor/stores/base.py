@@ -27,7 +27,7 @@ Rules every implementation keeps (`tests/stores/` runs one suite over all of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import attrs
 import msgspec
@@ -35,7 +35,7 @@ import trio
 
 from supervisor.stores.retention import PruneReport, Retention
 
-__all__ = ["Event", "EventKind", "Store", "StoreStatistics", "StoredStream"]
+__all__ = ["Event", "EventKind", "Store", "StoreHealth", "StoreStatistics", "StoredStream"]
 
 EventKind = str
 """One of `data` (an upstream payload, exact), `attempt`, `skipped` (an unparseable payload), `note`, `outcome`."""
@@ -110,6 +110,38 @@ class StoreStatistics:
     """Bytes of records held in this process: what is queued, and for a store in memory all it keeps."""
     evicted_events: int = 0
     """Events that a bounded store gave up to stay within its bounds; not those removed by `prune`."""
+
+
+@attrs.frozen(kw_only=True)
+class StoreHealth:
+    """Whether a store can write, and how far it is behind."""
+
+    state: Literal["ok", "behind", "failing"]
+    """`behind`: it writes, but more is queued than its high-water mark, so that sources are held back. `failing`: nothing can be written;
+    starts are refused."""
+    lag_events: int
+    """Records that are queued: given to the store and not yet durable."""
+    lag_bytes: int
+    lag_s: float
+    """How long the first of them has waited."""
+    failing_since: float | None
+    """Seconds since the Unix epoch."""
+    error: str | None
+    """Why nothing can be written."""
+
+    @classmethod
+    def of(cls, store: Store) -> StoreHealth:
+        """Ask a store."""
+        figures = store.statistics()
+        failing = figures.last_error
+        return cls(
+            state="failing" if failing is not None else "behind" if store.congested else "ok",
+            lag_events=figures.pending_records,
+            lag_bytes=figures.pending_bytes,
+            lag_s=round(figures.lag_s, 3),
+            failing_since=figures.failing_since,
+            error=failing,
+        )
 
 
 class Store(Protocol):

@@ -330,11 +330,30 @@ class Output:
         return self._store.congested
 
     async def flow(self) -> None:
-        """Wait until the store has caught up; of the clocks only the total runs meanwhile. A cancel leaves nothing behind."""
+        """Wait until the store has caught up; of the clocks only the total runs meanwhile. A cancel leaves nothing behind.
+
+        A stream that was held back for `Limits.held_s` is ended: what it has received is queued, and written if it still can be.
+        """
+        limits = self._stream._supervisor.limits  # noqa: SLF001  # as above
+        until = trio.current_time() + limits.held_s
         self._clocks.hold(trio.current_time())
         try:
-            await self._store.wait_flow()
+            with trio.move_on_at(until):
+                await self._store.wait_flow()
         finally:
             self._clocks.release(trio.current_time())
             if not self.sealed:
                 self._stream._supervisor.watchdog.arm(self._stream)  # noqa: SLF001  # as above
+        if self._store.congested and trio.current_time() >= until:
+            self._give_up_on_store(limits.held_s)
+
+    def _give_up_on_store(self, held_s: float) -> None:
+        """Seal a stream that was held back for too long. An answer that has ended as far as seen lacks nothing."""
+        stream = self._stream
+        if stream._marked is not None:  # noqa: SLF001
+            self.complete(stream._marked)  # noqa: SLF001
+            return
+        why = self._store.failing or "it is behind with what it was given before"
+        message = f"the store could not take this stream's events for {held_s:g} s: {why}"
+        verdict = Verdict(state=State.EXPIRED, reason="reaped_pressure", actor="store", message=message)
+        stream._seal(stream._stop or verdict)  # noqa: SLF001

@@ -175,6 +175,8 @@ class Limits:
     """One event, as added by a source."""
     cleanup_s: float = attrs.field(default=5.0, validator=_positive)
     """How long a source may take to unwind after the seal before its stream is settled without it."""
+    held_s: float = attrs.field(default=60.0, validator=_positive)
+    """How long a source may be held back by a store that cannot keep up, or cannot write, before its stream is `expired(reaped_pressure)`."""
     settle_s: float = attrs.field(default=60.0, validator=_positive)
     """How long an outcome may take to become durable before `wait` raises StoreError."""
 

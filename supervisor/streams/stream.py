@@ -614,7 +614,10 @@ class Stream:
             self._announce(event)
         else:
             if failure is None:
-                failure = StoreError(f"stream {self.id}: its outcome was not durable after {settle_s:g} s")
+                failure = StoreError(
+                    f"stream {self.id}: its outcome was not durable after {settle_s:g} s "
+                    f"({self._supervisor.store.failing or 'the store is behind'}); it is told when it is"
+                )
             _log.error("stream %s: its outcome could not be recorded: %s", self.id, failure)
             self._journal.fail(failure)
             self._settled.set()

@@ -34,10 +34,11 @@ from supervisor.errors import (
     KeyConflictError,
     StoreCorruptError,
     StoreError,
+    StoreUnavailableError,
     SupervisorClosedError,
     UnknownStreamError,
 )
-from supervisor.stores.base import Event, Store, StoredStream, StoreStatistics
+from supervisor.stores.base import Event, Store, StoredStream, StoreHealth, StoreStatistics
 from supervisor.streams.attempts import decode_attempt
 from supervisor.streams.clocks import Watchdog
 from supervisor.streams.lifecycle import Outcome, State
@@ -111,6 +112,7 @@ class Health:
     problems: tuple[str, ...]
     live: int
     max_live: int
+    store: StoreHealth
     circuits: Mapping[str, Mapping[str, Any]]
     """By upstream, what its circuit says (`supervisor.upstream.CircuitStatistics`). An open one is the upstream's trouble: `status`
     does not go by it."""
@@ -223,8 +225,9 @@ class Supervisor:
         KeyConflictError, `"replace"` ends it as `cancelled(replaced)` and takes the key. `dialect` and `upstream` default to
         the source's own attributes, `deadlines` to the supervisor's. `meta` is small JSON for the record.
 
-        Raises AdmissionError at the limit of live streams, SupervisorClosedError while draining or closed, and
-        ConfigurationError for a bad option; in each case nothing has changed.
+        Raises AdmissionError at the limit of live streams, StoreUnavailableError while the store cannot write (both say when to
+        come back), SupervisorClosedError while draining or closed, and ConfigurationError for a bad option; in each case
+        nothing has changed.
         """
         if not callable(source):
             raise ConfigurationError("source", source, "an async callable that takes the stream's output")
@@ -257,6 +260,9 @@ class Supervisor:
             if on_conflict == "reject":
                 assert key is not None, "only a key has a holder"
                 raise KeyConflictError(key, stream_id=holder.id, state=holder.state.value)
+        if (failing := self.store.failing) is not None:
+            self._rejected += 1
+            raise StoreUnavailableError(failing, retry_after_s=self.limits.retry_after_s)
         oldest = self._admit(replacing=holder)
         assert self._new_id is not None, "a supervisor recovers before it starts streams"
         stream = Stream(self, self._new_id(), spec, source, dialect=chosen or self._dialects["native"])
@@ -548,11 +554,11 @@ class Supervisor:
     def health(self) -> Health:
         """Return whether the supervisor can do its work."""
         problems = []
-        store = self.store.statistics()
-        if store.last_error is not None:
-            problems.append(f"the store cannot write: {store.last_error}")
+        store = StoreHealth.of(self.store)
+        if store.error is not None:
+            problems.append(f"the store cannot write: {store.error}; starts are rejected")
         if self.store.congested:
-            problems.append(f"the store is behind by {store.pending_bytes} bytes; sources are slowed")
+            problems.append(f"the store is behind by {store.lag_bytes} bytes; sources are held back")
         if len(self._live) >= self.limits.max_live and self.limits.when_full == "reject":
             problems.append(f"at the limit of {self.limits.max_live} live streams; starts are rejected")
         status: Literal["ok", "degraded", "draining"] = "degraded" if problems else "ok"
@@ -561,6 +567,7 @@ class Supervisor:
             problems=tuple(problems),
             live=len(self._live),
             max_live=self.limits.max_live,
+            store=store,
             circuits={} if self._circuits is None else self._circuits(trio.current_time()),
         )
 

@@ -24,6 +24,7 @@ from supervisor.errors import (
     ConfigurationError,
     GapError,
     StoreError,
+    StoreUnavailableError,
     SupervisorError,
     UnknownStreamError,
 )
@@ -180,6 +181,9 @@ def test_every_error_of_ours_has_a_row() -> None:
     for value in vars(errors).values():
         if inspect.isclass(value) and issubclass(value, SupervisorError):
             assert any(issubclass(value, row.raised) for row in rpc.ERRORS if row.raised is not None)
+    unavailable = error_for(StoreUnavailableError("disk full", retry_after_s=2.5))
+    assert unavailable.data == {"kind": "store", "temporary": True, "retry_after_s": 2.5}
+    assert "disk full" in unavailable.message
     admission = error_for(AdmissionError(live=5, limit=5, retry_after_s=2.5))
     assert (admission.code, admission.data["kind"], admission.data["temporary"]) == (
         -32003,

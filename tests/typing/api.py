@@ -49,6 +49,7 @@ from supervisor import (
     StoreCorruptError,
     StoreError,
     StoreLockedError,
+    StoreUnavailableError,
     Stream,
     StreamInfo,
     StreamSealedError,
@@ -300,6 +301,8 @@ async def errors(sup: Supervisor) -> None:
         assert_type((error.field, error.value, error.expected), tuple[str, object, str])
     except UnknownStreamError as error:
         assert_type((error.stream_id, error.key), tuple[str | None, str | None])
+    except StoreUnavailableError as error:
+        assert_type(error.retry_after_s, float)
     except (StoreLockedError, StoreCorruptError) as error:
         assert_type(error, StoreLockedError | StoreCorruptError)
     except (StreamSealedError, SupervisorClosedError, StoreError) as error:
