@@ -1,4 +1,4 @@
-"""One task that reads all sockets: the driver of every streaming body where the platform has epoll.
+"""One task that reads all sockets: the driver of every streaming body where the platform has epoll or kqueue.
 
 **Why.** Streams are slow and many: each read finds one event. A loop in each stream's task then pays, for that one event, a
 failed or fresh registration with trio's poller, a reschedule and a task switch, several times what reading and decoding it
@@ -38,13 +38,21 @@ import math
 import select
 import socket
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import attrs
 import outcome
 import trio
 
-__all__ = ["Body", "EpollPoller", "Poller", "SharedReader", "shared_reading_works"]
+__all__ = [
+    "Body",
+    "EpollPoller",
+    "KqueuePoller",
+    "Poller",
+    "SharedReader",
+    "platform_poller",
+    "shared_reading_works",
+]
 
 TURN_BYTES: Final = 256 << 10
 """How much one turn of the reader reads before other tasks run."""
@@ -56,7 +64,7 @@ _log = logging.getLogger("supervisor.upstream")
 
 def shared_reading_works() -> bool:
     """Whether this platform has what the shared reader needs. Elsewhere each stream reads for itself."""
-    return hasattr(select, "epoll")
+    return hasattr(select, "epoll") or hasattr(select, "kqueue")
 
 
 class Body(Protocol):
@@ -128,6 +136,47 @@ class EpollPoller:
         self._epoll.close()
 
 
+class KqueuePoller:
+    """The poller of macOS and the BSDs. It has been tested with a pretended kqueue, and not yet been run on one."""
+
+    __slots__ = ("_kqueue", "_select")
+
+    MOST_EVENTS: Final = 1024
+    """What one look returns; those that had no place are the first of the next."""
+
+    def __init__(self) -> None:
+        self._select: Any = select  # typeshed has kqueue for these platforms only
+        self._kqueue = self._select.kqueue()
+
+    def add(self, fd: int) -> None:
+        """Watch a socket."""
+        self._change(fd, self._select.KQ_EV_ADD)
+
+    def remove(self, fd: int) -> None:
+        """Watch it no longer."""
+        self._change(fd, self._select.KQ_EV_DELETE)
+
+    def ready(self) -> Sequence[int]:
+        """Return sockets that can be read, have ended or are broken."""
+        return [event.ident for event in self._kqueue.control(None, self.MOST_EVENTS, 0)]
+
+    async def wait(self) -> None:
+        """Wait until there are some: a kqueue may be watched by another, which is how trio waits."""
+        await trio.lowlevel.wait_readable(self._kqueue.fileno())
+
+    def close(self) -> None:
+        """Close the kqueue; the sockets are not its."""
+        self._kqueue.close()
+
+    def _change(self, fd: int, how: int) -> None:
+        self._kqueue.control([self._select.kevent(fd, self._select.KQ_FILTER_READ, how)], 0)
+
+
+def platform_poller() -> Poller:
+    """Return a poller of this platform's own kind."""
+    return EpollPoller() if hasattr(select, "epoll") else KqueuePoller()
+
+
 @attrs.define(eq=False)
 class _Reading:
     """A socket in the table: its body, and the task that is parked until it leaves."""
@@ -158,7 +207,7 @@ class SharedReader:
         "_waiting",
     )
 
-    def __init__(self, *, read_bytes: int, poller: Callable[[], Poller] = EpollPoller) -> None:
+    def __init__(self, *, read_bytes: int, poller: Callable[[], Poller] = platform_poller) -> None:
         self._read_bytes = read_bytes
         self._make_poller = poller
         self._poller: Poller | None = None
