@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         f"environment:\n"
         f"  {URL_VARIABLE}     where the daemon is (default {DEFAULT_URL})\n"
         f"  {TOKEN_VARIABLE}   the bearer token, where the daemon wants one (or --token-file)\n"
-        f"  {CONFIG_VARIABLE}  the configuration of serve and check-config (or --config)",
+        f"  {CONFIG_VARIABLE}  the configuration of serve, check-config and prune (or --config)",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -161,6 +161,26 @@ def _add_daemon(commands: Any) -> None:
         "file", nargs="?", type=Path, metavar="FILE", help=f"default: --config, or ${CONFIG_VARIABLE}"
     )
     _config_option(check)
+    _add_prune(commands)
+
+
+def _add_prune(commands: Any) -> None:
+    prune = _add(
+        commands,
+        "prune",
+        "pruning:prune",
+        "remove from the store's file what retention does not keep, and tell by which rule",
+        epilog="Works on the file, which a daemon must not have open: it prunes by itself. --dry-run works beside one.",
+    )
+    _config_option(prune)
+    prune.add_argument("--store", metavar="PATH", help="the SQLite file (default: the configuration's)")
+    prune.add_argument("--dry-run", action="store_true", help="only tell what would go")
+    rules = prune.add_argument_group(
+        "what is kept, of all ended streams", "default: as [retention] of the configuration says"
+    )
+    rules.add_argument("--max-ended", type=int, metavar="N", help="the last N to end")
+    rules.add_argument("--max-age", type=float, metavar="S", help="those that ended within so many seconds")
+    rules.add_argument("--max-bytes", type=int, metavar="N", help="the last to end, up to so many bytes")
 
 
 def _config_option(parser: argparse.ArgumentParser) -> None:

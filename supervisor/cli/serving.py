@@ -21,13 +21,13 @@ from supervisor.daemon import Ready, run
 from supervisor.errors import ConfigurationError
 from supervisor.logs import logging_to
 
-__all__ = ["check_config", "serve"]
+__all__ = ["check_config", "configured", "serve"]
 
 
 def serve(options: argparse.Namespace) -> int:
     """Run the daemon in the foreground until it is told to end."""
     try:
-        config = _with_options(_configured(options), options)
+        config = _with_options(configured(options), options)
         secrets = _secrets(config, os.environ)
         log = config.log
         with (
@@ -58,7 +58,7 @@ def check_config(options: argparse.Namespace) -> int:
     """Read a configuration as `serve` would, and print what it comes to, without a secret in it."""
     options.config = options.file or options.config
     try:
-        config = _configured(options)
+        config = configured(options)
         token = config.control.token.read(os.environ) is not None
         upstreams = config.all_upstreams(os.environ)
     except ConfigurationError as error:
@@ -109,7 +109,8 @@ def check_config(options: argparse.Namespace) -> int:
 _APART = {"upstreams", "source"}
 
 
-def _configured(options: argparse.Namespace) -> Config:
+def configured(options: argparse.Namespace) -> Config:
+    """Return the configuration that the options, or the environment, name. Raises ConfigurationError."""
     path = options.config or os.environ.get(CONFIG_VARIABLE)
     return load(path) if path else Config()
 

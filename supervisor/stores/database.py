@@ -106,6 +106,15 @@ class Database:
             self.close_writer()
             raise
 
+    def open_to_read(self) -> None:
+        """Open the file to read it, beside whoever has it, without its lock and without changing anything.
+
+        Raises StoreError, also for a file that would have to be brought up to date first.
+        """
+        with self._translated():
+            self.reader = self._connect(reader=True)
+            schema.check(self.reader, self.path)
+
     @staticmethod
     def _position(writer: sqlite3.Connection, stream: StoredStream, number: int) -> Position:
         (nbytes,) = writer.execute(

@@ -31,6 +31,7 @@ __all__ = [
     "SEGMENT_BYTES",
     "STREAM_BYTES",
     "FileLock",
+    "check",
     "connect",
     "create_file",
     "prepare",
@@ -221,6 +222,18 @@ def prepare(
         with _transaction(connection):
             step(connection)
             connection.execute(f"PRAGMA user_version = {older + 1}")
+
+
+def check(connection: sqlite3.Connection, path: Path) -> None:
+    """Make sure that the database is ours and of this version, without changing it. Raises StoreError."""
+    if _pragma(connection, "application_id") != APPLICATION_ID:
+        raise StoreCorruptError(f"{path} is not a store of this program")
+    found = _pragma(connection, "user_version")
+    if found != SCHEMA_VERSION:
+        raise StoreError(
+            f"{path} was written by another version (schema {found}, this one knows {SCHEMA_VERSION}) and nothing was changed; "
+            f"an older one is brought up to date when a daemon opens it"
+        )
 
 
 def translate(exc: sqlite3.Error, path: Path) -> StoreError:
