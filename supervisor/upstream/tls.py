@@ -24,7 +24,7 @@ from typing import Final
 import attrs
 import httpx
 
-from supervisor.errors import ConfigurationError
+from supervisor.errors import ConfigurationError, RemoteProtocolError
 
 __all__ = ["MAX_SESSIONS", "SESSION_S", "SessionKey", "Sessions", "TLSLayer", "shared_context"]
 
@@ -121,8 +121,17 @@ class TLSLayer:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def encrypt(self, data: bytes | memoryview) -> None:
-        """Add plaintext to be sent; `take` has the ciphertext."""
-        self._object.write(data)
+        """Add plaintext to be sent; `take` has the ciphertext.
+
+        Raises RemoteProtocolError if the peer has begun another handshake (TLS 1.2, where a caller's context allows it),
+        whose answers would have to be read first.
+        """
+        try:
+            self._object.write(data)
+        except ssl.SSLWantReadError as exc:
+            raise RemoteProtocolError(
+                "the server wants another TLS handshake while the request is sent"
+            ) from exc
 
     def take(self) -> bytes:
         """Return the ciphertext to be sent now."""
