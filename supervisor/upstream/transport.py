@@ -178,7 +178,9 @@ class StreamTransport(httpx.AsyncBaseTransport):
         self._pool = IdlePool(max_count=max_idle_connections, max_age_s=idle_s)
         self._counters = Counters()
         if shared_reader and not shared_reading_works():
-            raise ConfigurationError("shared_reader", shared_reader, "False: this platform has no epoll")
+            raise ConfigurationError(
+                "shared_reader", shared_reader, "False: this platform has neither epoll nor kqueue"
+            )
         wanted = shared_reading_works() if shared_reader is None else shared_reader
         self._reader = SharedReader(read_bytes=read_bytes) if wanted else None
         self._closed = False
