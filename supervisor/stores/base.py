@@ -228,8 +228,7 @@ class Store(Protocol):
     ) -> PruneReport:
         """Remove up to `limit` ended streams that are more than `retention` keeps, or with `dry_run` only tell.
 
-        `now` is for ages: seconds since the Unix epoch, the clock's by default. A cancel leaves whole streams removed, or
-        one of them with its oldest events gone and its `first_seq` saying so.
+        `now` is for ages: seconds since the Unix epoch, the clock's by default. A cancel leaves each stream whole or gone.
         """
         ...
 

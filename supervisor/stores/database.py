@@ -21,6 +21,7 @@ from supervisor.errors import StoreCorruptError, StoreError
 from supervisor.stores import pruning, schema
 from supervisor.stores.base import Event, StoredStream
 from supervisor.stores.positions import Position
+from supervisor.stores.pruning import Garbage
 from supervisor.stores.retention import EndedStream, Retention
 from supervisor.stores.segments import checksum, cut, decode, encode
 
@@ -28,6 +29,9 @@ __all__ = ["Database", "RejectedError", "Write"]
 
 _log = logging.getLogger("supervisor.stores")
 
+_NEXT_NUMBER = """
+    SELECT 1 + max((SELECT COALESCE(max(n), 0) FROM streams), (SELECT COALESCE(max(stream), 0) FROM removed))
+"""
 _STREAM = """
     SELECT s.id, s.key, s.created_at, s.head, s.state, s.ended_at, s.outcome,
         CASE WHEN s.last_seq IS NOT NULL THEN s.epoch ELSE COALESCE(
@@ -96,9 +100,7 @@ class Database:
                     )
                 self.reader = self._connect(reader=True)
                 self._commits = self._counter(writer)
-                self._next_number = writer.execute("SELECT COALESCE(max(n), 0) + 1 FROM streams").fetchone()[
-                    0
-                ]
+                self._next_number = writer.execute(_NEXT_NUMBER).fetchone()[0]
                 rows = writer.execute(f"{_STREAM} WHERE s.state IS NULL ORDER BY s.id").fetchall()
                 return [self._position(writer, _stored(row), row[-1]) for row in rows]
         except BaseException:
@@ -251,9 +253,21 @@ class Database:
             return pruning.plan(reader, retention, now, limit)
 
     def remove(self, numbers: Sequence[int]) -> int:
-        """Remove streams in one small transaction, the first ones first; return how many are gone entirely."""
+        """Remove streams in one small transaction, the first ones first; return how many."""
         with self._transaction() as writer:
             return pruning.remove(writer, numbers)
+
+    def garbage(self) -> Garbage:
+        """Return some of what removed streams have left in the file."""
+        with self._reading() as reader:
+            return pruning.garbage(reader)
+
+    def collect(self, left: Garbage) -> bool:
+        """Delete some garbage in one small transaction, and take it off `left`; return whether there is more of that."""
+        with self._transaction() as writer:
+            count = pruning.collect(writer, left)
+        del left.segments[:count]
+        return bool(left.segments)
 
     def shrink(self) -> bool:
         """Give some free pages back to the file system; return whether there are more to give."""

@@ -42,6 +42,9 @@ def prune_file(
             left = [int(ended.ref) for ended, _ in chosen]
             while left:
                 del left[: database.remove(left)]
+            while (garbage := database.garbage()).streams or garbage.segments:
+                while database.collect(garbage):
+                    pass
             while database.shrink():
                 pass
     return PruneReport.of(chosen, complete=complete)

@@ -71,6 +71,7 @@ CREATE TABLE segments (
     body BLOB NOT NULL
 );
 CREATE UNIQUE INDEX segments_by_position ON segments (stream, last_seq);
+CREATE TABLE removed (stream INTEGER PRIMARY KEY);
 CREATE TABLE store (commits INTEGER NOT NULL);
 INSERT INTO store VALUES (0);
 """
@@ -81,7 +82,7 @@ SEGMENT_BYTES = 48
 
 
 def _to_2(connection: sqlite3.Connection) -> None:
-    """Add tenants and sizes, for retention. What was stored before has no tenant."""
+    """Add what retention needs: tenants, sizes, and a place for what it removes. What was stored before has no tenant."""
     connection.execute("ALTER TABLE streams ADD COLUMN tenant TEXT")
     connection.execute("ALTER TABLE streams ADD COLUMN nbytes INTEGER")
     connection.execute(
@@ -91,7 +92,7 @@ def _to_2(connection: sqlite3.Connection) -> None:
     )
     connection.execute("DROP INDEX streams_by_end")
     for statement in _SCHEMA.strip().split(";"):
-        if statement.strip().startswith(("CREATE INDEX streams_by_end", "CREATE INDEX streams_by_tenant")):
+        if any(f" {name} " in statement for name in ("streams_by_end", "streams_by_tenant", "TABLE removed")):
             connection.execute(statement)
 
 

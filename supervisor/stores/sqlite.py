@@ -27,6 +27,7 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
@@ -324,8 +325,8 @@ class SQLiteStore:
         """Remove up to `limit` ended streams that are more than `retention` keeps, or with `dry_run` only tell.
 
         In small transactions that take turns with commits, and stand back while the store is behind; then the file is
-        shrunk to a tenth of free pages, likewise. Sizes are those in the file. A cancel keeps what is done: whole streams removed,
-        or the oldest events of one, and its `first_seq` says so. Raises StoreError; what was removed until then stays so.
+        shrunk to a tenth of free pages, likewise. Sizes are those in the file. A cancel, or StoreError, leaves each stream whole or
+        gone, and what is left to be cleared away to the next prune.
         """
         now = time.time() if now is None else now
         async with self._pruning:
@@ -336,6 +337,9 @@ class SQLiteStore:
             left = [int(ended.ref) for ended, _ in chosen]
             while left:
                 del left[: await self._in_turn(lambda: self._database.remove(left))]
+            while (garbage := await self._reading(self._database.garbage)).streams or garbage.segments:
+                while await self._in_turn(partial(self._database.collect, garbage)):
+                    pass
             while await self._in_turn(self._database.shrink):
                 pass
         return report

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supervisor.errors import ConfigurationError, StoreError
-from supervisor.stores import Keep, MemoryStore, PruneReport, Removed, Retention, SQLiteStore, Store, retain
+from supervisor.stores import Keep, MemoryStore, PruneReport, Retention, SQLiteStore, Store, retain
 from supervisor.stores.retention import EndedStream, Totals, select
 
 from . import faults
@@ -325,22 +325,6 @@ async def test_sizes_are_those_in_the_file(path, monkeypatch):
         for _, told, there in query(path, ON_DISK):
             assert told == there > 0
         assert len(query(path, ON_DISK)) == 2
-
-
-async def test_a_stream_removed_in_part_is_accounted_in_part(path):
-    """What a cut-off prune has left of a large stream counts as what it still takes."""
-    async with opened(SQLiteStore(path)) as store:
-        store.create(head("s1"))
-        for seq in range(1, 41):
-            store.append("s1", events(seq, seq, size=300_000))
-        store.end("s1", event(41, kind="outcome"), state="completed", ended_at=1.0)
-        await store.wait_durable("s1", 41)
-        ((victim, _),), _ = store._database.plan(Retention(max_ended=0), 0.0, 5)
-        assert await trio.to_thread.run_sync(store._database.remove, [victim.ref]) == 0
-        ((_, told, there),) = query(path, ON_DISK)
-        assert 0 < told == there < 300_000 * 40
-        report = await store.prune(Retention(max_bytes=1))
-        assert report.rules == {"max_bytes": Removed(1, told)}
 
 
 V1 = """
