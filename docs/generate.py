@@ -71,7 +71,8 @@ CLASSES: Sequence[tuple[type, str, str]] = (
     (streams.Deadlines, "[deadlines]", "Clocks of a stream; `none` (in Python `None`) turns one off"),
     (streams.OnDetach, "on_detach of a start", "What happens when nobody reads"),
     (streams.Limits, "[limits]", "A supervisor and each of its streams"),
-    (streams.MemoryPolicy, "[memory]", "What the memory manager reaps; `none` turns a rule off"),
+    (streams.MemoryPolicy, "[memory]", "What the memory manager does, and when; `none` turns a rule off"),
+    (streams.MemoryGroup, "[[memory.groups]]", "Limits of a tenant, or of streams with certain labels"),
     (RetryPolicy, "[retry]", "Attempts, and what may be done once an answer has begun"),
     (CircuitPolicy, "[circuit]", "When an upstream that fails is left alone"),
     (ControlLimits, "[control.limits]", "The control channel"),
@@ -193,7 +194,7 @@ CONSTANTS: Sequence[tuple[str, str, object]] = (
 TOLD = {
     "OnDetach.mode": "What happens when nobody reads: `keep` the stream, or `cancel` it after `grace_s` without a reader.",
     "OnDetach.grace_s": "How long a stream to be cancelled may be without a reader.",
-    "Limits.when_full": "At `max_live`: `reject` the start, or `reap_oldest`.",
+    "Limits.when_full": "At `max_live`: `reject` the start, `reap_oldest`, or `reap_least_watched`.",
     "Limits.tail_bytes": "The same, in bytes.",
     "Limits.tombstone_s": "How long each is remembered.",
     "Limits.finished_s": "How long each is kept.",
@@ -308,7 +309,7 @@ def exit_codes() -> str:
 
 def shown(name: str, value: object) -> str:
     """Return a default as people read it."""
-    if value is None:
+    if value is None or value == ():
         return "none"
     if isinstance(value, frozenset):
         return ", ".join(str(one) for one in sorted(value))
@@ -364,7 +365,8 @@ TOLD_TABLES = {
     "": "before the first table",
     "control.limits": "what the control channel bounds",
     "limits": "a supervisor and each of its streams",
-    "memory": "what the memory manager reaps, oldest stream first",
+    "memory": "what the memory manager does, and when",
+    "memory.groups": "limits of a tenant, or of streams with certain labels; any number of tables, up to 16",
     "deadlines": "the clocks of a stream; one that runs out ends it as `expired`",
     "retry": "attempts, and what may be done once an answer has begun",
     "circuit": "when an upstream that fails is left alone: further attempts are refused meanwhile; a stream's first goes to a fallback, if there is one",
@@ -404,8 +406,11 @@ def options(kind: type = Config, table: str = "") -> Iterator[Option]:
         if attrs.has(hint):
             inner.append((hint, f"{table}.{name}".lstrip(".")))
             continue
-        if typing.get_origin(hint) is Mapping:  # of names to tables
+        if typing.get_origin(hint) is Mapping and attrs.has(typing.get_args(hint)[1]):  # of names to tables
             inner.append((typing.get_args(hint)[1], f"{table}.{name}.NAME"))
+            continue
+        if (listed := configuration._table_of(hint)) is not None:  # noqa: SLF001  # as it is read
+            inner.append((listed, f"{table}.{name}"))
             continue
         optional = type(None) in typing.get_args(hint)
         described = configuration._described(  # noqa: SLF001  # as errors say it
@@ -426,7 +431,7 @@ def options(kind: type = Config, table: str = "") -> Iterator[Option]:
 
 
 def _in_toml(name: str, value: object, *, off: bool) -> str:
-    if value is None:
+    if value is None or hasattr(value, "factory"):
         return '`"none"`' if off else "not set"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
@@ -437,6 +442,10 @@ def _in_toml(name: str, value: object, *, off: bool) -> str:
     plain = f"`{str(value).removesuffix('.0')}`"
     read = shown(name, value)
     return f"{plain} ({read})" if read.endswith(("iB", "days")) else plain
+
+
+def _heading(table: str) -> str:
+    return f"[[{table}]]" if table == "memory.groups" else f"[{table}]"
 
 
 def configuration_tables() -> str:
@@ -453,7 +462,7 @@ def configuration_tables() -> str:
     for table, rows in by_table.items():
         about = TOLD_TABLES.get(table) or docs[table].partition("`: ")[2].rstrip(".")
         lines += [
-            f"### {f'`[{table}]`' if table else 'Top level'}: {about}",
+            f"### {f'`{_heading(table)}`' if table else 'Top level'}: {about}",
             "",
             "| key | value | default | |",
             "|---|---|---|---|",

@@ -383,6 +383,10 @@ def _converted(value: object, hint: Any, where: _Where, key: str) -> Any:
         (hint,) = (arg for arg in get_args(hint) if arg is not type(None))
     if attrs.has(hint):
         return _read(hint, value, where.table(key))
+    if (table := _table_of(hint)) is not None:
+        if not isinstance(value, list):
+            raise where.error(key, value, f"tables, [[{'.'.join((*where.path, key))}]]")
+        return tuple(_read(table, one, where.table(f"{key}[{at}]")) for at, one in enumerate(value))
     if get_origin(hint) is Mapping and attrs.has(get_args(hint)[1]):
         if not isinstance(value, dict):
             raise where.error(key, value, f"tables, [{'.'.join(where.path)}.{key}.NAME]")
@@ -401,9 +405,17 @@ def _converted(value: object, hint: Any, where: _Where, key: str) -> Any:
         raise where.error(key, value, expected) from None
 
 
+def _table_of(hint: Any) -> type | None:
+    """Return the class of an array of tables; None for any other hint."""
+    inner = next(iter(get_args(hint)), None) if get_origin(hint) is tuple else None
+    return inner if isinstance(inner, type) and attrs.has(inner) else None
+
+
 def _described(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(repr, get_args(hint)))}"
+    if get_origin(hint) is Mapping:
+        return "a table of strings"
     if get_origin(hint) in {tuple, frozenset}:
         return "an array of strings" if get_args(hint)[0] is str else "an array of whole numbers"
     words = {

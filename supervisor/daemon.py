@@ -32,7 +32,7 @@ from supervisor.control.server import ControlServer, Resolved
 from supervisor.errors import ConfigurationError
 from supervisor.logs import ReopeningHandler
 from supervisor.stores import retain
-from supervisor.streams import Supervisor, open_supervisor
+from supervisor.streams import Holder, Supervisor, open_supervisor
 from supervisor.upstream.catalog import Upstream
 from supervisor.upstream.circuit import Circuits
 from supervisor.upstream.tls import shared_context
@@ -218,6 +218,11 @@ class _Daemon:
             ) as supervisor,
             trio.open_nursery() as nursery,
         ):
+            idle = self._transport.idle
+            supervisor.memory.register(
+                "idle connections",
+                Holder(held=lambda: idle.bytes_held, expire=idle.expire, spare=idle.spare),
+            )
             control = config.control
             server = ControlServer(
                 supervisor,

@@ -169,7 +169,12 @@ def test_every_limit_is_listed():
     """No field of a class of limits is left out of the page, and each is explained."""
     generate = generator()
     rows = generate.limits()
-    for kind in (supervisor.Limits, supervisor.MemoryPolicy, supervisor.Deadlines, supervisor.OnDetach):
+    for kind in (
+        supervisor.Limits,
+        supervisor.MemoryPolicy,
+        supervisor.Deadlines,
+        supervisor.OnDetach,
+    ):
         for name in inspect.signature(kind).parameters:
             assert f"{kind.__name__}.{name}" in rows
     assert [name for name, row in rows.items() if not row.told] == []
@@ -186,6 +191,7 @@ def test_the_configuration_example():
     assert azure.credential.header == "api-key"
     assert local.url == "http://127.0.0.1:8000/v1/chat/completions"
     assert config.retention.max_ended is None
+    assert [group.max_count for group in config.memory.groups] == [100, 3]
     used = {key for table in tomllib.loads(example)["upstreams"].values() for key in table}
     assert used | {"dialect"} == set(supervisor.config._UPSTREAM_KEYS)
 

@@ -83,6 +83,7 @@ async def _show(client: ControlClient, options: argparse.Namespace) -> int:
                 "key": stream.key,
                 "state": styled_state(stream.state),
                 "outcome": told_outcome(stream.outcome),
+                **({} if stream.tenant is None else {"tenant": stream.tenant}),
                 "upstream": stream.upstream,
                 "dialect": stream.dialect,
                 "labels": stream.labels,
@@ -95,7 +96,7 @@ async def _show(client: ControlClient, options: argparse.Namespace) -> int:
                 "events": f"{stream.events} read, {stream.skipped} unreadable",
                 "journal": f"epoch {stream.epoch}, {stream.tail_seq} events, {stream.durable_seq} durable",
                 "readers": stream.readers,
-                "held": f"{stream.bytes_held} bytes",
+                "held": f"{stream.bytes_held} bytes, {stream.pending_bytes} of them not durable yet",
                 "finish reason": snapshot.finish_reason,
                 "usage": snapshot.usage or "-",
                 "model": snapshot.model,
@@ -217,13 +218,23 @@ async def _reap(client: ControlClient, options: argparse.Namespace) -> int:
     if options.json:
         print_json(report)
         return Exit.OK
-    if report.reaped:
+    if report.reaped or report.spilled:
         rows = (
-            (one.id, one.key, one.reason, duration(one.age_s), duration(one.idle_s), one.bytes_held)
-            for one in report.reaped
+            (
+                one.id,
+                one.key,
+                one.reason,
+                duration(one.age_s),
+                duration(one.idle_s),
+                one.bytes_held,
+                one.message,
+            )
+            for one in (*report.spilled, *report.reaped)
         )
-        console().print(table(("id", "key", "reason", "age", "idle", "bytes"), rows))
-    say(f"{len(report.reaped)} {'would be' if report.dry_run else 'were'} reaped")
+        console().print(table(("id", "key", "reason", "age", "idle", "bytes", "why"), rows))
+    verb = "would be" if report.dry_run else "were"
+    spilled = f", {len(report.spilled)} spilled" if report.spilled else ""
+    say(f"{len(report.reaped)} {verb} reaped{spilled}")
     if not report.dry_run and (open_ends := sum(not one.settled for one in report.reaped)):
         say(f"{open_ends} of them had no durable outcome yet")
     return Exit.OK

@@ -174,6 +174,7 @@ class ControlClient:
         deadlines: DeadlinesMessage | None = None,
         retry: RetryMessage | None = None,
         labels: Mapping[str, str] | None = None,
+        tenant: str | None = None,
         delivery: Literal["immediate", "durable"] = "immediate",
     ) -> StartResult:
         """Start a stream, or join the one that has the key. Returns once it is recorded in the store.
@@ -189,6 +190,7 @@ class ControlClient:
             deadlines=deadlines or DeadlinesMessage(),
             retry=retry or RetryMessage(),
             labels=dict(labels or {}),
+            tenant=tenant,
             delivery=delivery,
         )
         return await self.call("stream.start", params, StartResult)

@@ -138,6 +138,11 @@ class Deliveries:
         """Return the figures."""
         return DeliveryStatistics(encoded=self._encoded, shared=self._shared, shared_bytes=self._kept_bytes)
 
+    @property
+    def bytes_held(self) -> int:
+        """What is kept of encoded batches."""
+        return self._kept_bytes
+
     def within_step(self) -> bool:
         """Whether more may be done in this turn."""
         return self._cost < self._until

@@ -192,6 +192,11 @@ class GuardedStream(trio.abc.Stream):
         await self._write(data)
 
     @property
+    def rest_bytes(self) -> int:
+        """How much of a frame that was sent in part is still to be sent."""
+        return len(self._rest)
+
+    @property
     def unfinished(self) -> bool:
         """Whether a frame has been sent in part: `send_frames`, of no more frames if there are none, sends the rest."""
         return bool(self._rest)
@@ -521,6 +526,11 @@ class Link:
             if guard.last_received < asked:
                 self._silent = ControlClosedError(CloseCode.HEARTBEAT, "no answer to a ping")
                 scope.cancel()
+
+    @property
+    def bytes_held(self) -> int:
+        """What waits to be sent: queued, with the writer, or the rest of a frame."""
+        return self.outbox.nbytes + len(self._taken) + self._guard.rest_bytes
 
     async def close(self, code: int, reason: str) -> None:
         """Send what is queued or was taken and not sent, close, and give the transport up.

@@ -220,6 +220,8 @@ class StartParams(_Params, frozen=True, kw_only=True):
     deadlines: DeadlinesMessage = DeadlinesMessage()
     retry: RetryMessage = RetryMessage()
     labels: Labels = {}
+    tenant: Name | None = None
+    """On whose behalf it runs, for limits and figures."""
     delivery: Literal["immediate", "durable"] = "immediate"
 
     def __post_init__(self) -> None:
@@ -351,7 +353,7 @@ class ReapParams(_Params, frozen=True, kw_only=True):
 
 
 class ReapedMessage(_Result, frozen=True, kw_only=True):
-    """One stream reaped, or to be reaped."""
+    """One stream reaped or spilled, or to be."""
 
     id: str
     key: str | None
@@ -371,6 +373,8 @@ class ReapResult(_Result, frozen=True, kw_only=True):
     live: int
     """Live streams before the sweep."""
     reaped: tuple[ReapedMessage, ...]
+    spilled: tuple[ReapedMessage, ...] = ()
+    """Streams that go on, having given up in memory what the store has of them."""
 
 
 class DrainParams(_Params, frozen=True, kw_only=True):
@@ -410,6 +414,7 @@ class StreamMessage(_Result, frozen=True, kw_only=True):
     key: str | None = None
     state: str
     reason: str | None = None
+    tenant: str | None = None
     upstream: str | None = None
     dialect: str | None = None
     labels: dict[str, str] = {}
@@ -424,6 +429,11 @@ class StreamMessage(_Result, frozen=True, kw_only=True):
     skipped: int = 0
     readers: int
     bytes_held: int
+    """Held in memory for it."""
+    tail_bytes: int = 0
+    """Of that, its newest events."""
+    pending_bytes: int = 0
+    """Of those, what is not durable yet."""
     epoch: int
     tail_seq: int
     durable_seq: int

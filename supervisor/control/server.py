@@ -27,7 +27,7 @@ from supervisor.control.link import NORMAL, GuardedStream, Link, LinkLimits
 from supervisor.control.messages import CLOSE_CODES, SUBPROTOCOL, CloseCode, ShutdownParams, StartParams
 from supervisor.control.session import Session, SessionLimits
 from supervisor.errors import AuthenticationError, ConfigurationError, ControlClosedError
-from supervisor.streams import Deadlines, Source, Supervisor
+from supervisor.streams import Deadlines, Holder, Source, Supervisor
 
 __all__ = ["ControlLimits", "ControlServer", "ControlStatistics", "Resolve", "Resolved", "serve"]
 
@@ -86,6 +86,10 @@ class ControlStatistics:
     handshakes: int
     subscriptions: int
     pending_requests: int
+    bytes_held: int
+    """What waits to be sent to clients, and what is kept of encoded batches."""
+    largest_bytes: int
+    """What waits to be sent to the client that is most behind."""
     accepted: int
     refused_unauthenticated: int
     refused_full: int
@@ -137,6 +141,12 @@ class Host:
         self.handshakes: dict[object, trio.CancelScope] = {}
         self.admitted: set[object] = set()
         self._resolve = resolve
+        supervisor.memory.register("connections", Holder(held=lambda: self.bytes_held))
+
+    @property
+    def bytes_held(self) -> int:
+        """What waits to be sent to clients, and what is kept of encoded batches."""
+        return self.deliveries.bytes_held + sum(session.bytes_held for session in self.sessions)
 
     def resolve(self, params: StartParams) -> Resolved:
         """Turn the parameters into a source. Raises ConfigurationError."""
@@ -151,6 +161,8 @@ class Host:
             handshakes=len(self.handshakes),
             subscriptions=sum(session.subscriptions for session in self.sessions),
             pending_requests=sum(session.pending for session in self.sessions),
+            bytes_held=self.bytes_held,
+            largest_bytes=max((session.bytes_held for session in self.sessions), default=0),
             delivery=self.deliveries.statistics(),
             **attrs.asdict(self.counts),
         )

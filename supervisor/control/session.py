@@ -157,6 +157,11 @@ class Session:
         """How many requests it has not answered yet."""
         return self._pending
 
+    @property
+    def bytes_held(self) -> int:
+        """What waits to be sent to its client."""
+        return self._link.bytes_held
+
     async def run(self) -> NoReturn:
         """Serve until the connection is over. Raises ControlClosedError (in a group); a cancel passes through."""
         try:
@@ -346,6 +351,7 @@ class Session:
                 resolved.deadlines or self._supervisor.deadlines, **params.deadlines.given()
             ),
             labels=params.labels,
+            tenant=params.tenant,
             upstream=params.upstream,
             delivery=params.delivery,
             meta=resolved.meta,

@@ -200,6 +200,11 @@ class Fold:
             self._spilled_chars = length - len(kept)
         self._joined_at += (length,)
 
+    @property
+    def spillable_bytes(self) -> int:
+        """How much `spill` would let go of."""
+        return self.nbytes - len(self._choices) * CHOICE_OVERHEAD_BYTES
+
     def spill(self) -> None:
         """Let go of all text, and of the tool calls: whoever asks for the answer folds the journal again."""
         self.spilled = True

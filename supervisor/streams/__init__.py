@@ -10,13 +10,22 @@ from supervisor.streams.lifecycle import (
     State,
     Verdict,
 )
-from supervisor.streams.memory import MemoryStatistics, Reaped, ReapReport
+from supervisor.streams.memory import Holder
 from supervisor.streams.opening import open_supervisor
 from supervisor.streams.output import Output
+from supervisor.streams.report import (
+    Health,
+    MemoryStatistics,
+    PoolStatistics,
+    Reaped,
+    ReapReport,
+    SupervisorStatistics,
+)
 from supervisor.streams.spec import (
     Deadlines,
     Delivery,
     Limits,
+    MemoryGroup,
     MemoryPolicy,
     OnConflict,
     OnDetach,
@@ -25,12 +34,7 @@ from supervisor.streams.spec import (
 )
 from supervisor.streams.stream import CancelOutcome, CancelResult, Stream, StreamInfo
 from supervisor.streams.subscription import After, Subscription
-from supervisor.streams.supervisor import (
-    Health,
-    Started,
-    Supervisor,
-    SupervisorStatistics,
-)
+from supervisor.streams.supervisor import Started, Supervisor
 
 __all__ = [
     "LIVE_STATES",
@@ -44,13 +48,16 @@ __all__ = [
     "Deadlines",
     "Delivery",
     "Health",
+    "Holder",
     "Limits",
+    "MemoryGroup",
     "MemoryPolicy",
     "MemoryStatistics",
     "OnConflict",
     "OnDetach",
     "Outcome",
     "Output",
+    "PoolStatistics",
     "ReapReport",
     "Reaped",
     "Source",

@@ -248,8 +248,10 @@ class Journal:
 
     @property
     def pending_bytes(self) -> int:
-        """Of `tail_bytes`, what is not durable yet. Costs as much as that are events."""
+        """Of `tail_bytes`, what is not durable yet. Costs nothing if that is all or nothing, else as much as it is events."""
         count = 0 if self._closed else self.tail_seq - self._store.durable_seq(self.stream_id)
+        if count >= len(self._tail):
+            return self.tail_bytes
         return sum([event.nbytes for event in self._tail[-count:]]) if count > 0 else 0
 
     def _trim(self) -> None:

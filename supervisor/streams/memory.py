@@ -1,233 +1,608 @@
-"""The memory manager: ends streams that are too old, stale, too many or too big, always with a recorded reason.
+"""The memory manager: keeps the account of bytes, and ends or spills streams where a limit is reached, always with a recorded reason.
 
-It owns the policy and the account of bytes; it ends a stream only through the seal, like everybody else, so a stream that
-completes in the same instant is completed.
+It owns the policy and the account; it ends a stream only through the seal, like everybody else, so a stream that completes in
+the same instant is completed.
 
-**Order.** Rules are applied in the order age, staleness, bytes of one stream, count, bytes in all; a stream is taken by the
-first that applies. Where a rule needs *some* stream to go (count, bytes in all) it is the oldest.
+**The account.** A stream says by how much what it holds has changed, once for a read, and that goes to the pools it is in
+(`pools.py`): all live streams, those of its tenant, those of a group; then those that are ending; then the ended ones in memory. So
+each sum is exact at any moment. What is counted of a stream is told in docs/embedding.md.
 
-**Cost.** Streams are kept in the order they were started, so age and count look only at those they take. Staleness uses the
-same lazy heap as the clocks: a stream is looked at once per `stale_s`, not once per sweep. Bytes are accounted where they
-change, and only a stream over its own limit is looked at. A sweep that finds nothing costs the same with ten streams or ten
-thousand. Ending streams is done in slices, for sealing thousands in one go would hold up everybody's events.
+**When.** A limit on a number is applied where a stream starts, before it does: never is there one more. One on bytes wakes the
+sweep, which comes in the next turn of the loop: until then, and while the sweep is between two slices, it can be exceeded by what is
+read in that time. Age, staleness and the process's memory are looked at every `sweep_every_s`.
+
+**Order.** Age, staleness, bytes of one stream; then groups; then number and bytes of all; then the process's memory. A stream is
+taken by the first that applies. Where a rule needs *some* stream to go, it is the oldest, or the least watched. Before a live
+stream goes for the bytes of all, ended ones in memory and what others can spare (`Holder`) do; and where the limit says `spill`,
+live ones first give up what the store has of them, in the order in which they came to hold much.
+
+**Cost.** Everything is found at the head of an order that is kept as streams come and go; staleness has the lazy heap of the clocks, by
+which a stream is looked at once per `stale_s`. A sweep that finds nothing costs the same with ten streams or ten thousand
+(`MemoryStatistics.looked_at`). What it finds it does in slices, for sealing thousands in one go would hold up everybody's events. With
+`dry_run` the same plan is made, and told.
 """
 
 from __future__ import annotations
 
+import contextlib
+import heapq
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import attrs
 import trio
 
+from supervisor.errors import AdmissionError
 from supervisor.streams.clocks import LazyHeap
-from supervisor.streams.spec import MemoryPolicy
+from supervisor.streams.finished import Finished
+from supervisor.streams.pools import HEAVY_BYTES, NEVER, Bound, Pool, Pools
+from supervisor.streams.process_memory import Pressure, memory_limit, resident_bytes
+from supervisor.streams.report import MemoryStatistics, PoolStatistics, Reaped, ReapReport
+from supervisor.streams.spec import Limits, MemoryPolicy, StreamSpec
 
 if TYPE_CHECKING:
     from supervisor.streams.stream import Stream
 
-__all__ = ["MemoryManager", "MemoryStatistics", "ReapReport", "Reaped"]
+__all__ = ["SLICE", "Act", "Holder", "MemoryManager"]
 
 SLICE = 64
 """Streams sealed between two checkpoints, wherever many are ended together."""
+SPILL_COST = 8
+"""How many seals the spilling of one stream counts for in a slice."""
+TOLD = 100
+"""Tenants and groups told of in statistics: those that hold most."""
 
 
 @attrs.frozen(kw_only=True)
-class Reaped:
-    """One stream that was reaped, or would be."""
+class Holder:
+    """What holds memory beside the streams, for `MemoryManager.register`: it is counted, and may be asked to let go."""
 
-    id: str
-    key: str | None
+    held: Callable[[], int]
+    """Tells how many bytes it holds. Asked once a sweep: it must be cheap."""
+    expire: Callable[[float, int], int] | None = None
+    """Given the time on trio's clock and a number, lets go of so many overdue pieces at most; tells how many it did."""
+    spare: Callable[[int, int], int] | None = None
+    """Given bytes and a number, gives up pieces until that was so many bytes, so many pieces at most; tells how many."""
+
+
+@attrs.frozen
+class Act:
+    """What is to be done to one stream, and why."""
+
+    stream: Stream
     reason: str
     message: str
-    age_s: float
-    idle_s: float
-    bytes_held: int
-    settled: bool = False
-    """Whether its outcome was durable when this was told; until then a crash could still make it `interrupted`."""
 
 
-@attrs.frozen(kw_only=True)
-class ReapReport:
-    """What a sweep did. With `dry_run` nothing was ended."""
+@attrs.define
+class _Plan:
+    """What a sweep has decided on so far and not done yet: taken off all figures."""
 
-    dry_run: bool
-    live: int
-    """Live streams before the sweep."""
-    reaped: tuple[Reaped, ...]
+    gone: set[str] = attrs.field(factory=set)
+    spilled: set[str] = attrs.field(factory=set)
+    counts: dict[Pool, int] = attrs.field(factory=dict)
+    freed: dict[Pool, int] = attrs.field(factory=dict)
+    spared: int = 0
 
+    def reap(self, stream: Stream) -> None:
+        self.gone.add(stream.id)
+        rest = self.held(stream)
+        for pool in stream.pools:
+            self.counts[pool] = self.counts.get(pool, 0) + 1
+            self.freed[pool] = self.freed.get(pool, 0) + rest
 
-@attrs.frozen(kw_only=True)
-class MemoryStatistics:
-    """The memory manager's figures at one moment."""
+    def spill(self, stream: Stream) -> None:
+        self.spilled.add(stream.id)
+        freed = stream.spillable_bytes
+        for pool in stream.pools:
+            self.freed[pool] = self.freed.get(pool, 0) + freed
 
-    bytes_held: int
-    sweeps: int
-    reaped: Mapping[str, int]
-    """Outcomes by reason, since the start."""
+    def held(self, stream: Stream) -> int:
+        return stream.bytes_held - (stream.spillable_bytes if stream.id in self.spilled else 0)
+
+    def live(self, pool: Pool) -> int:
+        return len(pool) - self.counts.get(pool, 0)
+
+    def nbytes(self, pool: Pool) -> int:
+        return pool.nbytes - self.freed.get(pool, 0)
 
 
 class MemoryManager:
-    """Applies a `MemoryPolicy` to the live streams, which it is given as a mapping in the order they were started."""
+    """Applies a `MemoryPolicy`. `process` tells the resident memory (None: not known), for tests."""
 
-    def __init__(self, policy: MemoryPolicy, live: Mapping[str, Stream]) -> None:
-        self.policy = policy
-        self._live = live
+    def __init__(
+        self,
+        policy: MemoryPolicy,
+        limits: Limits,
+        *,
+        dropped: Callable[[Stream], None],
+        process: Callable[[], int | None] = resident_bytes,
+    ) -> None:
+        self.limits = limits
+        self.process = process
+        self.live = Pool()
+        self.ending = Pool()
+        self.finished = Finished(limits, dropped)
+        finished = self.finished
+        self._holders: dict[str, Holder] = {
+            "ended streams": Holder(
+                held=lambda: finished.bytes_held, expire=finished.expire, spare=finished.spare
+            )
+        }
         self._stale: LazyHeap[Stream] = LazyHeap()
         self._oversize: dict[str, Stream] = {}
-        self._bytes_held = 0
+        self._over: dict[Pool, None] = {}
+        self._beside = 0  # held by what is registered, as of the last look; that of finished streams is exact
+        self._started = 0
         self._sweeps = 0
+        self._looked_at = 0
+        self._spilled = 0
         self._reaped: dict[str, int] = {}
+        self._rejected: dict[str, int] = {}
+        self._round_at = -math.inf  # of reaping for the process's memory
+        self._round_left = self._round_bytes = 0
         self._wake = trio.Event()
+        self._install(policy)
 
     def __repr__(self) -> str:
-        return f"<MemoryManager {len(self._live)} live, {self._bytes_held} bytes, {sum(self._reaped.values())} reaped>"
+        return f"<MemoryManager {len(self.live)} live, {self.live.nbytes} bytes, {sum(self._reaped.values())} reaped>"
+
+    # --- the policy --------------------------------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> MemoryPolicy:
+        """What is applied. Setting it has the next sweep apply it to the streams there are."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: MemoryPolicy) -> None:
+        live = list(self.live.streams.values())
+        for stream in live:
+            self._leave(stream)
+        self._install(policy)
+        for stream in live:
+            self._enter(stream)
+        self._over.update(dict.fromkeys([*self._pools, self.live]))
+        self._wake.set()
+
+    def _install(self, policy: MemoryPolicy) -> None:
+        self._policy = policy
+        limits = self.limits
+        self.live.bind(
+            Bound("max_live", limits.max_live, limits.when_full),
+            None if policy.max_count is None else Bound("max_count", policy.max_count, policy.at_max_count),
+            nbytes=None
+            if policy.max_bytes is None
+            else Bound("max_bytes", policy.max_bytes, policy.at_max_bytes),
+        )
+        if policy.at_process_high == "reap_least_watched":
+            self.live.rank()
+        self._pools = Pools(policy.groups)
+        limit = memory_limit() if policy.process_limit_bytes is None else policy.process_limit_bytes
+        self._pressure = Pressure(high=policy.process_high, low=policy.process_low, limit=limit)
+        self._stream_alarm = NEVER if policy.max_stream_bytes is None else policy.max_stream_bytes
+        self._set_alarm()
+
+    def register(self, name: str, holder: Holder) -> None:
+        """Count what something beside the streams holds, and have it let go where memory is short."""
+        self._holders[name] = holder
 
     # --- the account -------------------------------------------------------------------------------------------------
 
     def admitted(self, stream: Stream) -> None:
-        """Take note of a new stream, and look at the limits soon."""
-        if self.policy.stale_s is not None:
-            self._stale.arm(stream, stream.last_event_at + self.policy.stale_s)
-        if self.policy.max_count is not None and len(self._live) > self.policy.max_count:
-            self._wake.set()
+        """Take in a new stream."""
+        self._started += 1
+        stream.number = self._started
+        self._enter(stream)
 
-    def account(self, stream: Stream, change: int) -> None:
-        """Take note that a stream holds more or fewer bytes, before it says so in `bytes_held`."""
-        self._bytes_held += change
-        policy = self.policy
-        if policy.max_stream_bytes is not None and stream.bytes_held + change > policy.max_stream_bytes:
+    def alarm(self, pool: Pool) -> None:
+        """Take note that a pool holds too much: streams add up what they hold themselves, and say so here."""
+        self._over[pool] = None
+        self._wake.set()
+
+    def note(self, stream: Stream) -> None:
+        """Put a stream that holds much where it is found, and say from what on it is to be looked at again."""
+        if stream.bytes_held > self._stream_alarm:
             self._oversize[stream.id] = stream
             self._wake.set()
-        elif policy.max_bytes is not None and self._bytes_held > policy.max_bytes:
-            self._wake.set()
+            stream.note_at = NEVER
+        else:
+            stream.note_at = self._stream_alarm
+        for pool in stream.pools:
+            pool.heavy[stream.id] = stream
 
-    def gone(self, stream: Stream) -> None:
-        """Take note that a stream has been sealed."""
+    def watched(self, stream: Stream) -> None:
+        """Take note that a reader has come or gone."""
+        for pool in stream.pools:
+            pool.watched(stream)
+
+    def sealed(self, stream: Stream) -> None:
+        """Take note that a live stream has been sealed."""
+        self._leave(stream)
+        stream.pools = (self.ending,)
+        self.ending.add(stream)
+
+    def settled(self, stream: Stream) -> None:
+        """Take note that a sealed stream has its outcome, and keep it."""
+        if stream.id in self.ending.streams:
+            self.ending.remove(stream)
+        self.keep(stream)
+
+    def keep(self, stream: Stream) -> None:
+        """Keep an ended stream in memory."""
+        self.finished.keep(stream, trio.current_time())
+        self._set_alarm()
+
+    def _enter(self, stream: Stream) -> None:
+        self.live.add(stream)
+        stream.pools = (self.live, *self._pools.join(stream, stream.spec))
+        if self._policy.stale_s is not None:
+            self._stale.arm(stream, stream.last_event_at + self._policy.stale_s)
+        stream.note_at = min(HEAVY_BYTES, self._stream_alarm)
+        if stream.bytes_held > stream.note_at:
+            self.note(stream)
+
+    def _leave(self, stream: Stream) -> None:
         self._stale.discard(stream)
         self._oversize.pop(stream.id, None)
-        self._bytes_held -= stream.bytes_held
+        self.live.remove(stream)
+        self._pools.leave(stream, stream.spec)
+        for pool in stream.pools:
+            if not pool.streams:
+                self._over.pop(pool, None)
+        stream.pools = ()
+        stream.note_at = NEVER
+
+    def _set_alarm(self) -> None:
+        bound = self.live.bytes_bound
+        if bound is not None and bound.action != "reject":
+            self.live.alarm = bound.limit - self._beside - self.finished.bytes_held
+            if self.live.nbytes > self.live.alarm:
+                self.alarm(self.live)
 
     def statistics(self) -> MemoryStatistics:
         """Return the manager's figures."""
+        beside = {name: holder.held() for name, holder in sorted(self._holders.items())}
+        groups = {pool.of.removeprefix(" of "): pool for pool in self._pools}
         return MemoryStatistics(
-            bytes_held=self._bytes_held, sweeps=self._sweeps, reaped=dict(sorted(self._reaped.items()))
+            bytes_held=self.live.nbytes,
+            ending_bytes=self.ending.nbytes,
+            total_bytes=self.live.nbytes + self.ending.nbytes + sum(beside.values()),
+            beside=beside,
+            tenants=_most(self._pools.tenants),
+            groups=_most(groups),
+            process_bytes=self._pressure.used_bytes,
+            process_limit_bytes=self._pressure.limit_bytes,
+            pressure=self._pressure.on,
+            sweeps=self._sweeps,
+            looked_at=self._looked_at,
+            reaped=dict(sorted(self._reaped.items())),
+            spilled=self._spilled,
+            rejected=dict(sorted(self._rejected.items())),
         )
-
-    # --- the sweep ---------------------------------------------------------------------------------------------------
-
-    async def run(self) -> None:
-        """Sweep periodically, and whenever an admission or an event takes the streams over a limit, until cancelled."""
-        while True:
-            with trio.move_on_after(self.policy.sweep_every_s):
-                await self._wake.wait()
-            self._wake = trio.Event()
-            await self.sweep()
-
-    async def sweep(self, *, dry_run: bool = False, wait_s: float = 0.0) -> ReapReport:
-        """Reap what the policy says, in slices, and wait at most `wait_s` for the outcomes.
-
-        With `dry_run` only say what would go. Cancelling it ends nothing half-way.
-        """
-        live = len(self._live)
-        self._sweeps += not dry_run
-        reaped: list[Reaped] = []
-        await trio.lowlevel.checkpoint()
-        chosen = list(self.candidates(trio.current_time()))
-        ended: list[Stream] = []
-        for done, (stream, reason, message) in enumerate(chosen, start=1):
-            entry = self._entry(stream, reason, message)
-            if dry_run or stream.reaped(reason, message):
-                reaped.append(entry)
-                ended.append(stream)
-            if done % SLICE == 0:
-                await trio.lowlevel.checkpoint()
-        if ended and wait_s > 0 and not dry_run:
-            with trio.move_on_after(wait_s):
-                for stream in ended:
-                    await stream.settled()
-            reaped = [
-                attrs.evolve(entry, settled=stream.outcome is not None)
-                for entry, stream in zip(reaped, ended, strict=True)
-            ]
-        return ReapReport(dry_run=dry_run, live=live, reaped=tuple(reaped))
 
     def count(self, reason: str) -> None:
         """Count an outcome, if it was a reap."""
         if reason.startswith("reaped_"):
             self._reaped[reason] = self._reaped.get(reason, 0) + 1
 
-    def candidates(self, now: float) -> Iterator[tuple[Stream, str, str]]:
-        """Yield who is to go and why, each stream once, in the order of the rules. Changes nothing."""
-        policy, taken, freed = self.policy, set[str](), 0
-        for stream, reason, message in self._by_own_limits(now):
-            if stream.id not in taken:
-                taken.add(stream.id)
-                freed += stream.bytes_held
-                yield stream, reason, message
-        surplus = math.inf if policy.max_count is None else policy.max_count
-        remaining = len(self._live) - len(taken)
-        excess = 0 if policy.max_bytes is None else self._bytes_held - freed - policy.max_bytes
-        if remaining <= surplus and excess <= 0:
-            return
-        for stream in self._live.values():  # oldest first, and no further than needed
-            if stream.id in taken:
-                continue
-            if remaining > surplus:
-                yield (
-                    stream,
-                    "reaped_count",
-                    f"{len(self._live)} streams are live; the limit is {policy.max_count}",
-                )
-            elif excess > 0:
-                yield (
-                    stream,
-                    "reaped_bytes",
-                    f"{self._bytes_held} bytes are held; the limit is {policy.max_bytes}",
-                )
-            else:
-                return
-            remaining -= 1
-            excess -= stream.bytes_held
+    def refused(self, name: str) -> None:
+        """Count a start that was refused, by what refused it: a limit, or the store."""
+        self._rejected[name] = self._rejected.get(name, 0) + 1
 
-    def _by_own_limits(self, now: float) -> Iterator[tuple[Stream, str, str]]:
-        policy = self.policy
-        if policy.max_age_s is not None:
-            for stream in self._live.values():
-                age = now - stream.started
-                if age < policy.max_age_s:
-                    break
-                yield stream, "reaped_age", f"{age:.3f} s old; the limit is {policy.max_age_s:g} s"
-        if policy.stale_s is not None:
-            due = list(self._stale.pop_due(now))
-            for stream in due:
-                self._stale.arm(
-                    stream, max(stream.last_event_at + policy.stale_s, math.nextafter(now, math.inf))
-                )
-            for stream in due:
-                idle = now - stream.last_event_at
-                if idle >= policy.stale_s:
-                    yield (
-                        stream,
-                        "reaped_stale",
-                        f"no event for {idle:.3f} s; the limit is {policy.stale_s:g} s",
-                    )
-        for stream in self._oversize.values():
-            yield (
-                stream,
-                "reaped_bytes",
-                f"it holds {stream.bytes_held} bytes; the limit is {policy.max_stream_bytes}",
+    # --- admission ---------------------------------------------------------------------------------------------------
+
+    def admit(self, spec: StreamSpec, *, replacing: Stream | None, tasks: int) -> list[Act]:
+        """Say which streams are to make room for one more, `replacing` being ended anyway; or raise AdmissionError.
+
+        tasks: of streams, those of sources that have not ended after the seal included.
+        """
+        # Streams that are settling, and such sources, hold memory and perhaps sockets too: there may be as many of them again as
+        # live ones, and no more.
+        ending, most = max(len(self.ending), tasks - len(self.live)), max(self.limits.max_live, SLICE)
+        if ending >= most:
+            raise self._refusal("max_live", ending, most, "streams that are ending")
+        if self._pressure.on:
+            raise self._refusal(
+                "process_high",
+                self._pressure.used_bytes or 0,
+                self._pressure.low_bytes,
+                "bytes of process memory",
             )
+        leaving = {} if replacing is None or replacing.sealed else {replacing.id: replacing}
+        acts: list[Act] = []
+        for pool in (*self._pools.of(spec), self.live):
+            freed = [one for one in leaving.values() if pool in one.pools]
+            bound = pool.bytes_bound
+            if bound is not None and bound.action == "reject":
+                held = pool.nbytes - sum(one.bytes_held for one in freed)
+                held += self._beside + self.finished.bytes_held if pool is self.live else 0
+                if held >= bound.limit:
+                    raise self._refusal(bound.name, held, bound.limit, f"bytes held by live streams{pool.of}")
+            busy = len(pool) - len(freed)
+            for bound in pool.count_bounds:
+                if busy >= bound.limit and bound.action == "reject":
+                    raise self._refusal(bound.name, busy, bound.limit, f"live streams{pool.of}")
+            for bound in pool.count_bounds:
+                if busy >= bound.limit:
+                    message = _reached(bound, f"{busy} live streams{pool.of}, and one more is started")
+                    for stream in pool.first(bound.action, leaving, min(busy - bound.limit + 1, SLICE)):
+                        leaving[stream.id] = stream
+                        acts.append(Act(stream, "reaped_count", message))
+                    busy = bound.limit - 1
+        return acts
 
-    def _entry(self, stream: Stream, reason: str, message: str) -> Reaped:
+    def _refusal(self, name: str, value: int, limit: int, what: str) -> AdmissionError:
+        self.refused(name)
+        return AdmissionError(live=value, limit=limit, retry_after_s=self.limits.retry_after_s, what=what)
+
+    # --- the sweep ---------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Sweep periodically, and whenever the streams come to be over a limit, until cancelled."""
+        while True:
+            with trio.move_on_after(self._policy.sweep_every_s):
+                await self._wake.wait()
+            self._wake = trio.Event()
+            await self.sweep()
+
+    async def sweep(self, *, dry_run: bool = False, wait_s: float = 0.0) -> ReapReport:
+        """Do what the policy says, in slices, and wait at most `wait_s` for the outcomes.
+
+        With `dry_run` only say what would be done. Cancelling it ends nothing half-way.
+        """
+        live = len(self.live)
+        await trio.lowlevel.checkpoint()
         now = trio.current_time()
+        done: list[tuple[Act, Reaped]] = []
+        plan = _Plan()
+        if not dry_run:
+            self._sweeps += 1
+            await self._tend(now)
+        else:
+            plan.spared = sum(holder.held() for holder in self._holders.values() if holder.spare is not None)
+        while True:
+            if not dry_run:
+                await self._spare()
+            acts = self._slice(now, plan)
+            if not acts:
+                break
+            for act in acts:
+                entry = self._entry(act, now)
+                if dry_run or self._done(act):
+                    done.append((act, entry))
+            if not dry_run:
+                plan = _Plan()
+            await trio.lowlevel.checkpoint()
+            if not dry_run and trio.current_time() - now > self._policy.sweep_every_s:
+                self._wake.set()  # what is left is for the next sweep, which sees the time anew
+                break
+        ended = [act.stream for act, _ in done if act.reason != "spilled"]
+        if ended and wait_s > 0 and not dry_run:
+            with trio.move_on_after(wait_s):
+                for stream in ended:
+                    await stream.settled()
+        return ReapReport(
+            dry_run=dry_run,
+            live=live,
+            reaped=tuple(
+                attrs.evolve(entry, settled=act.stream.outcome is not None)
+                for act, entry in done
+                if act.reason != "spilled"
+            ),
+            spilled=tuple(entry for act, entry in done if act.reason == "spilled"),
+        )
+
+    async def _tend(self, now: float) -> None:
+        """Have everybody let go of what is overdue, and of what can be spared if that is needed; see how memory is."""
+        for holder in tuple(self._holders.values()):
+            while holder.expire is not None and holder.expire(now, SLICE) >= SLICE:  # noqa: ASYNC110  # work in slices
+                await trio.lowlevel.checkpoint()
+        self._pressure.update(self.process(), now)
+        self._look_beside()
+        if self._pressure.on and self._policy.at_process_high != "reject" and now >= self._round_at:
+            self._over[self.live] = None
+            # What is spilled shows in the process's memory a little later: so nobody is reaped before another look.
+            first = self._pressure.since == now and self._policy.at_process_high == "spill"
+            self._round_left = 0 if first else max(1, len(self.live) // 10)
+            self._round_bytes = self._pressure.excess_bytes
+            self._round_at = now + self._policy.sweep_every_s
+
+    async def _spare(self) -> None:
+        """Have others give up what they can, as far as that is needed."""
+        for holder in tuple(self._holders.values()):
+            while holder.spare is not None and (excess := self._to_spare()) and holder.spare(excess, SLICE):
+                self._look_beside()
+                await trio.lowlevel.checkpoint()
+
+    def _look_beside(self) -> None:
+        self._beside = sum(holder.held() for holder in self._holders.values()) - self.finished.bytes_held
+        self._set_alarm()
+
+    def _to_spare(self) -> int:
+        bound = self.live.bytes_bound
+        over = (
+            0 if bound is None else self.live.nbytes + self._beside + self.finished.bytes_held - bound.limit
+        )
+        return max(0, over, NEVER if self._pressure.on else 0)
+
+    def _done(self, act: Act) -> bool:
+        stream = act.stream
+        if act.reason == "spilled":
+            self._spilled += 1
+            for pool in stream.pools:
+                pool.heavy.pop(stream.id, None)
+            stream.spill()
+            held = stream.bytes_held
+            if held <= self._stream_alarm:
+                self._oversize.pop(stream.id, None)
+                stream.note_at = min(max(HEAVY_BYTES, 2 * held), self._stream_alarm)
+            return True
+        if act.reason == "reaped_pressure":
+            self._round_left -= 1
+            self._round_bytes -= stream.bytes_held
+        return stream.reaped(act.reason, act.message)
+
+    def _entry(self, act: Act, now: float) -> Reaped:
+        stream = act.stream
         return Reaped(
             id=stream.id,
             key=stream.key,
-            reason=reason,
-            message=message,
+            reason=act.reason,
+            message=act.message,
             age_s=now - stream.started,
             idle_s=now - stream.last_event_at,
             bytes_held=stream.bytes_held,
         )
+
+    # --- the plan: changes nothing but its own notes ------------------------------------------------------------------
+
+    def _slice(self, now: float, plan: _Plan) -> list[Act]:
+        """Return what is to be done next, not more than a slice."""
+        acts: list[Act] = []
+        cost = 0
+        with contextlib.closing(self._acts(now, plan)) as planned:
+            for act in planned:
+                acts.append(act)
+                cost += SPILL_COST if act.reason == "spilled" else 1
+                if cost >= SLICE:
+                    break
+        return acts
+
+    def _acts(self, now: float, plan: _Plan) -> Generator[Act, None, None]:
+        yield from self._by_age(now, plan)
+        yield from self._by_staleness(now, plan)
+        yield from self._by_own_bytes(plan)
+        for pool in sorted(self._over, key=lambda pool: pool is self.live):
+            yield from self._by_count(pool, plan)
+            yield from self._by_bytes(pool, plan)
+            if pool is self.live:
+                yield from self._by_pressure(plan)
+            if not plan.gone and not plan.spilled:
+                self._over.pop(pool, None)
+
+    def _by_age(self, now: float, plan: _Plan) -> Iterator[Act]:
+        limit = self._policy.max_age_s
+        if limit is None:
+            return
+        for stream in self.live.streams.values():
+            self._looked_at += 1
+            age = now - stream.started
+            if age < limit:
+                return
+            if stream.id not in plan.gone:
+                plan.reap(stream)
+                yield Act(stream, "reaped_age", f"max_age_s: {age:.3f} s old; the limit is {limit:g} s")
+
+    def _by_staleness(self, now: float, plan: _Plan) -> Iterator[Act]:
+        limit = self._policy.stale_s
+        if limit is None:
+            return
+        due: list[Stream] = []
+        try:
+            for stream in self._stale.pop_due(now):
+                self._looked_at += 1
+                due.append(stream)
+                idle = now - stream.last_event_at
+                if idle >= limit and stream.id not in plan.gone:
+                    plan.reap(stream)
+                    message = f"stale_s: no event for {idle:.3f} s; the limit is {limit:g} s"
+                    yield Act(stream, "reaped_stale", message)
+        finally:
+            for stream in due:  # those that are to go, too: until they have
+                self._stale.arm(stream, stream.last_event_at + limit)
+
+    def _by_own_bytes(self, plan: _Plan) -> Iterator[Act]:
+        for stream in tuple(self._oversize.values()):
+            self._looked_at += 1
+            held, limit = stream.bytes_held, self._stream_alarm
+            message = f"max_stream_bytes: it holds {held} bytes; the limit is {limit}"
+            if held <= limit:  # it has shrunk by itself
+                del self._oversize[stream.id]
+                stream.note_at = limit
+            elif stream.id not in plan.spilled and stream.spillable_bytes:
+                plan.spill(stream)
+                yield Act(stream, "spilled", message)
+            elif stream.id not in plan.gone and plan.held(stream) > limit:
+                plan.reap(stream)
+                yield Act(stream, "reaped_bytes", message)
+
+    def _by_count(self, pool: Pool, plan: _Plan) -> Iterator[Act]:
+        """End those that are too many: only after the policy was changed, for a start makes room before there are."""
+        for bound in pool.count_bounds:
+            busy = plan.live(pool)
+            if busy <= bound.limit:
+                continue
+            message = _reached(bound, f"{busy} live streams{pool.of}")
+            for stream in pool.first(bound.action, plan.gone, min(busy - bound.limit, SLICE)):
+                self._looked_at += 1
+                plan.reap(stream)
+                yield Act(stream, "reaped_count", message)
+
+    def _by_bytes(self, pool: Pool, plan: _Plan) -> Iterator[Act]:
+        bound = pool.bytes_bound
+        if bound is None or bound.action == "reject":
+            return
+        held = pool.nbytes
+        if pool is self.live:
+            held += self._beside + self.finished.bytes_held
+        message = _reached(bound, f"{held} bytes are held by live streams{pool.of}")
+
+        def excess() -> int:
+            return plan.nbytes(pool) - pool.alarm - (plan.spared if pool is self.live else 0)
+
+        if bound.action == "spill":
+            yield from self._spills(pool, plan, message, lambda: excess() > 0)
+        yield from self._reaps(
+            pool, plan, bound.action, ("reaped_bytes", message), needed=lambda: excess() > 0
+        )
+
+    def _by_pressure(self, plan: _Plan) -> Iterator[Act]:
+        pressure, action = self._pressure, self._policy.at_process_high
+        if not pressure.on or action == "reject":
+            return
+        held = plan.nbytes(self.live)
+        message = (
+            f"process_high: {pressure.used_bytes} bytes of process memory; it began at {pressure.high_bytes} and "
+            f"ends below {pressure.low_bytes}"
+        )
+        if action == "spill":
+            yield from self._spills(self.live, plan, message, lambda: True)
+        most = plan.live(self.live) - self._round_left
+        yield from self._reaps(
+            self.live,
+            plan,
+            action,
+            ("reaped_pressure", message),
+            needed=lambda: held - plan.nbytes(self.live) < self._round_bytes and plan.live(self.live) > most,
+        )
+
+    def _spills(self, pool: Pool, plan: _Plan, message: str, needed: Callable[[], bool]) -> Iterator[Act]:
+        for stream in pool.heavy.values():
+            if not needed():
+                return
+            self._looked_at += 1
+            if stream.id not in plan.gone and stream.id not in plan.spilled and stream.spillable_bytes:
+                plan.spill(stream)
+                yield Act(stream, "spilled", message)
+
+    def _reaps(
+        self, pool: Pool, plan: _Plan, action: str, told: tuple[str, str], *, needed: Callable[[], bool]
+    ) -> Iterator[Act]:
+        while needed() and (first := pool.first(action, plan.gone, SLICE)):
+            for stream in first:
+                if not needed():
+                    return
+                self._looked_at += 1
+                plan.reap(stream)
+                yield Act(stream, *told)
+
+
+def _reached(bound: Bound, value: str) -> str:
+    return f"{bound.name}: {value}; the limit is {bound.limit}"
+
+
+def _most(pools: Mapping[str, Pool]) -> dict[str, PoolStatistics]:
+    chosen = heapq.nlargest(TOLD, pools.items(), key=lambda item: item[1].nbytes)
+    return {name: PoolStatistics(live=len(pool), bytes_held=pool.nbytes) for name, pool in chosen}

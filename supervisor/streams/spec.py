@@ -25,6 +25,7 @@ __all__ = [
     "Delivery",
     "IdFactory",
     "Limits",
+    "MemoryGroup",
     "MemoryPolicy",
     "OnConflict",
     "OnDetach",
@@ -38,7 +39,10 @@ __all__ = [
 OnConflict = Literal["attach", "reject", "replace"]
 Delivery = Literal["immediate", "durable"]
 DetachMode = Literal["keep", "cancel"]
-WhenFull = Literal["reject", "reap_oldest"]
+CountAction = Literal["reject", "reap_oldest", "reap_least_watched"]
+"""What a limit on the number of streams does to one more: refuse it, or end another for it."""
+BytesAction = Literal["spill", "reject", "reap_oldest", "reap_least_watched"]
+"""What a limit on bytes does: `spill` has streams give up what the store has of them, and reaps the oldest if that is not enough."""
 StopMode = Literal["abort", "drain"]
 """How a cancel ends a stream: at once, or by letting the answer end by itself within a budget."""
 IdFactory = Callable[[], str]
@@ -48,6 +52,9 @@ CircuitReport = Callable[[float], Mapping[str, Mapping[str, Any]]]
 MAX_KEY_CHARS = 256
 MAX_LABELS = 32
 MAX_LABEL_CHARS = 256
+MAX_GROUPS = 16
+ANY = "*"
+"""In a `MemoryGroup`: any value, each by itself."""
 
 
 class Source(Protocol):
@@ -87,6 +94,13 @@ def _not_negative(instance: object, attribute: attrs.Attribute[Any], value: obje
 def _whole(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigurationError(_named(instance, attribute), value, "a whole number, 1 or more")
+
+
+def _fraction_or_none(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None and not (_is_number(value) and 0 < value <= 1):
+        raise ConfigurationError(
+            _named(instance, attribute), value, "above 0 and at most 1, or None to turn it off"
+        )
 
 
 def _whole_or_none(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
@@ -152,8 +166,8 @@ class Limits:
     """What bounds a supervisor and each of its streams."""
 
     max_live: int = attrs.field(default=10_000, validator=_whole)
-    """Live streams. One more start is rejected with AdmissionError, or reaps the oldest: see `when_full`."""
-    when_full: WhenFull = attrs.field(default="reject", validator=_one_of(*get_args(WhenFull)))
+    """Live streams. One more start is rejected with AdmissionError, or ends another stream: see `when_full`."""
+    when_full: CountAction = attrs.field(default="reject", validator=_one_of(*get_args(CountAction)))
     retry_after_s: float = attrs.field(default=1.0, validator=_positive)
     """What a rejected start is told."""
     tail_events: int = attrs.field(default=1024, validator=_whole)
@@ -181,25 +195,16 @@ class Limits:
     """How long an outcome may take to become durable before `wait` raises StoreError."""
 
 
-@attrs.frozen(kw_only=True)
-class MemoryPolicy:
-    """What the memory manager reaps, oldest stream first; None turns a rule off. Nothing but bytes is limited by default."""
-
-    max_age_s: float | None = attrs.field(default=None, validator=_positive_or_none)
-    stale_s: float | None = attrs.field(default=None, validator=_positive_or_none)
-    """Seconds without an event."""
-    max_count: int | None = attrs.field(default=None, validator=_whole_or_none)
-    """Live streams; more than that are reaped, where `Limits.max_live` refuses them."""
-    max_stream_bytes: int | None = attrs.field(default=64 << 20, validator=_whole_or_none)
-    """Bytes one stream holds in memory: its tail and its fold."""
-    max_bytes: int | None = attrs.field(default=1 << 30, validator=_whole_or_none)
-    """Bytes all live streams hold in memory."""
-    sweep_every_s: float = attrs.field(default=1.0, validator=_positive)
+def _groups(_instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(group, MemoryGroup) for group in value):
+        raise ConfigurationError(f"MemoryPolicy.{attribute.name}", value, "a tuple of MemoryGroup(…)")
+    if len(value) > MAX_GROUPS:
+        raise ConfigurationError(f"MemoryPolicy.{attribute.name}", len(value), f"at most {MAX_GROUPS} groups")
 
 
-def _key(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
+def _tenant(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
     if value is not None and not (isinstance(value, str) and 0 < len(value) <= MAX_KEY_CHARS):
-        raise ConfigurationError("key", value, f"a string of 1 to {MAX_KEY_CHARS} characters, or None")
+        raise ConfigurationError("tenant", value, f"a string of 1 to {MAX_KEY_CHARS} characters, or None")
 
 
 def _labels(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
@@ -215,6 +220,81 @@ def _labels(_instance: object, _attribute: attrs.Attribute[Any], value: object) 
             dict(value),
             f"at most {MAX_LABELS} pairs of strings of at most {MAX_LABEL_CHARS} characters",
         )
+
+
+@attrs.frozen(kw_only=True)
+class MemoryGroup:
+    """Limits on the live streams of a tenant, or on those that have certain labels. `*` stands for each value by itself."""
+
+    tenant: str | None = attrs.field(default=None, validator=_tenant)
+    """Only streams of this tenant; `*`: those of each tenant by themselves."""
+    labels: Mapping[str, str] = attrs.field(factory=dict, validator=_labels)
+    """Only streams that have all of these; with the value `*`, those of each value by themselves."""
+    max_count: int | None = attrs.field(default=None, validator=_whole_or_none)
+    """Live streams of the group."""
+    at_max_count: CountAction = attrs.field(default="reject", validator=_one_of(*get_args(CountAction)))
+    """What one more does: `reject` it, `reap_oldest`, or `reap_least_watched` (of the fewest readers; the oldest of those)."""
+    max_bytes: int | None = attrs.field(default=None, validator=_whole_or_none)
+    """Bytes that the group's live streams hold in memory."""
+    at_max_bytes: BytesAction = attrs.field(default="spill", validator=_one_of(*get_args(BytesAction)))
+    """What happens over it: as in `MemoryPolicy`."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.tenant is None and not self.labels:
+            raise ConfigurationError(
+                "MemoryGroup.labels", dict(self.labels), "a tenant, or at least one label"
+            )
+        if self.max_count is None and self.max_bytes is None:
+            raise ConfigurationError("MemoryGroup.max_count", None, "a limit: max_count, max_bytes or both")
+
+
+@attrs.frozen(kw_only=True)
+class MemoryPolicy:
+    """What the memory manager does, and when; None turns a rule off. Only memory is limited by default.
+
+    A reap is an ending like any other: `expired`, with a reason and a message that names the limit, its bound and the value.
+    """
+
+    max_age_s: float | None = attrs.field(default=None, validator=_positive_or_none)
+    stale_s: float | None = attrs.field(default=None, validator=_positive_or_none)
+    """Seconds without an event."""
+    max_count: int | None = attrs.field(default=None, validator=_whole_or_none)
+    """Live streams. A softer limit than `Limits.max_live`, which it may have beside it."""
+    at_max_count: CountAction = attrs.field(default="reap_oldest", validator=_one_of(*get_args(CountAction)))
+    """What one more does: `reject` it, `reap_oldest`, or `reap_least_watched` (of the fewest readers; the oldest of those)."""
+    max_stream_bytes: int | None = attrs.field(default=64 << 20, validator=_whole_or_none)
+    """Bytes one stream holds in memory. Over it, it spills; one that then still is over it is reaped."""
+    max_bytes: int | None = attrs.field(default=1 << 30, validator=_whole_or_none)
+    """Bytes held in all: by live streams, by ended ones kept in memory, by connections and what else is counted. Ended streams and
+    idle connections are given up first."""
+    at_max_bytes: BytesAction = attrs.field(default="spill", validator=_one_of(*get_args(BytesAction)))
+    """What happens over it: `spill` (streams give up what the store has of them; then the oldest are reaped), `reject` (starts are, and what
+    there is may grow up to its own limits), `reap_oldest`, or `reap_least_watched`."""
+    process_high: float | None = attrs.field(default=0.9, validator=_fraction_or_none)
+    """The process's resident memory, as a share of what it may have (the cgroup's limit, or else the machine's memory). From there until
+    it is below `process_low` starts are rejected, and `at_process_high` is done. Linux only."""
+    process_low: float = attrs.field(default=0.8, validator=_fraction_or_none)
+    """Where that ends."""
+    at_process_high: BytesAction = attrs.field(default="spill", validator=_one_of(*get_args(BytesAction)))
+    """As `at_max_bytes`. Reaps are made once every `sweep_every_s`, of a tenth of the live streams at most."""
+    process_limit_bytes: int | None = attrs.field(default=None, validator=_whole_or_none)
+    """What the process may have, in place of what the system says."""
+    sweep_every_s: float = attrs.field(default=1.0, validator=_positive)
+    groups: tuple[MemoryGroup, ...] = attrs.field(default=(), validator=_groups)
+    """`[[memory.groups]]`: limits per tenant or label."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.process_high is not None and not self.process_low < self.process_high:
+            raise ConfigurationError(
+                "MemoryPolicy.process_low",
+                self.process_low,
+                f"below process_high, which is {self.process_high:g}",
+            )
+
+
+def _key(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None and not (isinstance(value, str) and 0 < len(value) <= MAX_KEY_CHARS):
+        raise ConfigurationError("key", value, f"a string of 1 to {MAX_KEY_CHARS} characters, or None")
 
 
 def _made_of(kind: type) -> Callable[[object, attrs.Attribute[Any], object], None]:
@@ -240,6 +320,8 @@ class StreamSpec:
     """What is known of a stream before it starts; kept with it, and written to the store as its head."""
 
     key: str | None = attrs.field(default=None, validator=_key)
+    tenant: str | None = attrs.field(default=None, validator=_tenant)
+    """On whose behalf it runs, for limits and figures."""
     upstream: str | None = attrs.field(default=None, validator=_upstream)
     dialect: str = attrs.field(default="native", validator=attrs.validators.instance_of(str))
     labels: Mapping[str, str] = attrs.field(factory=dict, validator=_labels)

@@ -49,6 +49,7 @@ from supervisor.streams.clocks import ClockKind, Clocks, Phase
 from supervisor.streams.journal import Cursor, Journal
 from supervisor.streams.lifecycle import Lifecycle, Outcome, State, Verdict
 from supervisor.streams.output import Output
+from supervisor.streams.pools import NEVER, Pool
 from supervisor.streams.spec import Source, StopMode, StreamSpec, check_stop
 from supervisor.streams.subscription import After, Subscription
 
@@ -60,6 +61,8 @@ __all__ = ["CancelOutcome", "CancelResult", "Stream", "StreamInfo"]
 _log = logging.getLogger("supervisor.streams")
 
 _ENDED_TAIL_BYTES = 16 << 10
+_UNDURABLE_BYTES = 160  # what one event's deltas are accounted as, while they wait to be durable
+_SHORT_BYTES = 4 << 10  # an answer of this length is not worth a read of the store when somebody asks for it
 _PAGE = 256  # events folded between two checkpoints
 CancelOutcome = Literal["won", "already_terminal", "requested", "tombstoned"]
 
@@ -91,6 +94,7 @@ class StreamInfo:
     state: State
     reason: str | None
     """Refines a terminal state."""
+    tenant: str | None
     upstream: str | None
     dialect: str
     labels: Mapping[str, str]
@@ -109,6 +113,10 @@ class StreamInfo:
     readers: int
     bytes_held: int
     """Held in memory for this stream: its tail and its fold."""
+    tail_bytes: int
+    """Of that, the newest events."""
+    pending_bytes: int
+    """Of those, what is not durable yet."""
     epoch: int
     tail_seq: int
     """The last event readers may see."""
@@ -159,6 +167,9 @@ class Stream:
         "cleanup_error",
         "created_at",
         "id",
+        "note_at",
+        "number",
+        "pools",
     )
 
     def __init__(
@@ -224,6 +235,11 @@ class Stream:
         self._events = 0
         self._skipped = 0
         self._held = 0
+        self.number = 0
+        """Which one it is of those that the memory manager was given."""
+        self.pools: tuple[Pool, ...] = ()
+        """Where its bytes are counted. The memory manager's, as is `note_at`: from how many bytes on it wants to be told."""
+        self.note_at = NEVER
         self._finishing = False
         self._restored = False
         self.cleanup_error: str | None = None
@@ -243,6 +259,11 @@ class Stream:
     def labels(self) -> Mapping[str, str]:
         """The caller's labels."""
         return self._spec.labels
+
+    @property
+    def tenant(self) -> str | None:
+        """On whose behalf it runs."""
+        return self._spec.tenant
 
     @property
     def upstream(self) -> str | None:
@@ -283,6 +304,7 @@ class Stream:
             key=self.key,
             state=self.state,
             reason=outcome.reason if outcome is not None else None,
+            tenant=self.tenant,
             upstream=self.upstream,
             dialect=self.dialect,
             labels=self._spec.labels,
@@ -297,6 +319,8 @@ class Stream:
             skipped=outcome.skipped if outcome is not None else self._skipped,
             readers=self._readers,
             bytes_held=self._held,
+            tail_bytes=self._journal.tail_bytes,
+            pending_bytes=self._journal.pending_bytes,
             epoch=self._journal.epoch,
             tail_seq=self._journal.visible_seq,
             durable_seq=self._journal.visible_seq
@@ -522,13 +546,23 @@ class Stream:
         if self._fold.nbytes > self._fold_bytes:
             self._fold.spill()
             self._shown.spill()
-        held = self._journal.tail_bytes + self._fold.nbytes
-        if self._shown is not self._fold:
-            held += self._shown.nbytes
-        self._supervisor.memory.account(self, held - self._held)
-        self._held = held
+        self._weigh()
         if self._budget is not None:
             self._look_at_budget(self._budget)
+
+    def _weigh(self) -> None:
+        """Bring the account up to date. Once for a read: all that an event costs it is done where it is added."""
+        held = self._journal.tail_bytes + self._fold.nbytes
+        if self._undurable is not None:
+            held += self._shown.nbytes + len(self._undurable) * _UNDURABLE_BYTES
+        change = held - self._held
+        self._held = held
+        for pool in self.pools:
+            pool.nbytes += change
+            if pool.nbytes > pool.alarm:
+                self._supervisor.memory.alarm(pool)
+        if held > self.note_at:
+            self._supervisor.memory.note(self)
 
     @trio.lowlevel.enable_ki_protection  # a Ctrl-C between its steps would leave a stream that can never end
     def _seal(self, verdict: Verdict) -> bool:
@@ -627,7 +661,7 @@ class Stream:
         """Show the ending, now that it is durable."""
         self._lifecycle.announce()
         if self._undurable is not None:
-            self._undurable.clear()
+            self._undurable = None
             self._shown = self._fold
         self._journal.failure = None
         self._journal.close(event)
@@ -654,6 +688,7 @@ class Stream:
             else:
                 for delta in told:
                     self._shown.apply(delta)
+        self._weigh()
 
     def _conclude(self) -> Outcome:
         verdict, sealed_at = self._lifecycle.verdict, self._sealed_at
@@ -727,6 +762,32 @@ class Stream:
         return self._held
 
     @property
+    def spillable_bytes(self) -> int:
+        """Of that, what `spill` would let go of."""
+        folds = sum(fold.spillable_bytes for fold in self._long_folds())
+        return self._journal.tail_bytes - self._journal.pending_bytes + folds
+
+    def spill(self) -> None:
+        """Let go of what the store has: of the tail, and of the answer unless it is short. The stream goes on."""
+        self._journal.spill()
+        for fold in self._long_folds():
+            fold.spill()
+        self._weigh()
+
+    def _long_folds(self) -> set[Fold]:
+        return {fold for fold in (self._fold, self._shown) if fold.spillable_bytes > _SHORT_BYTES}
+
+    @property
+    def spec(self) -> StreamSpec:
+        """What it was asked to be."""
+        return self._spec
+
+    @property
+    def readers(self) -> int:
+        """How many read it now."""
+        return self._readers
+
+    @property
     def started(self) -> float:
         """When it was started, in trio's clock."""
         return self._started
@@ -745,12 +806,14 @@ class Stream:
         self._journal.add_waker(waker)
         self._readers += 1
         self._supervisor.readers += 1
+        self._supervisor.memory.watched(self)
         self._clocks.set("detach", None)
 
     def _detach(self, waker: Callable[[], None]) -> None:
         self._journal.remove_waker(waker)
         self._readers -= 1
         self._supervisor.readers -= 1
+        self._supervisor.memory.watched(self)
         self._left_at = self._events
         if not self._lifecycle.sealed:
             self._arm_detach()
@@ -765,7 +828,7 @@ class Stream:
         """Release the tail of an ended stream, but what its readers most likely still want: the store has it."""
         if self._journal.closed and not self._restored:
             self._journal.release_tail(keep_bytes=_ENDED_TAIL_BYTES if self._readers else 0)
-            self._held = self._fold.nbytes + self._journal.tail_bytes
+            self._weigh()
 
     async def follow_durability(self) -> None:
         """Show readers what becomes durable, for `delivery="durable"`."""

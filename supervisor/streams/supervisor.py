@@ -17,8 +17,6 @@ from __future__ import annotations
 import builtins
 import itertools
 import logging
-import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
@@ -29,20 +27,19 @@ import trio
 from supervisor.dialects import Dialect
 from supervisor.dialects.catalog import BUILTIN
 from supervisor.errors import (
-    AdmissionError,
     ConfigurationError,
     KeyConflictError,
-    StoreCorruptError,
     StoreError,
     StoreUnavailableError,
     SupervisorClosedError,
     UnknownStreamError,
 )
-from supervisor.stores.base import Event, Store, StoredStream, StoreHealth, StoreStatistics
-from supervisor.streams.attempts import decode_attempt
+from supervisor.stores.base import Event, Store, StoredStream, StoreHealth
 from supervisor.streams.clocks import Watchdog
-from supervisor.streams.lifecycle import Outcome, State
-from supervisor.streams.memory import SLICE, MemoryManager, MemoryStatistics, ReapReport
+from supervisor.streams.lifecycle import State
+from supervisor.streams.memory import SLICE, Holder, MemoryManager
+from supervisor.streams.recovery import interrupted, restored, restored_if_readable
+from supervisor.streams.report import Health, Phase, ReapReport, SupervisorStatistics
 from supervisor.streams.spec import (
     MAX_META_BYTES,
     CircuitReport,
@@ -60,15 +57,13 @@ from supervisor.streams.spec import (
     monotonic_ids,
 )
 from supervisor.streams.stream import CancelResult, Stream, StreamInfo
+from supervisor.streams.tombstones import Tombstones
 
-__all__ = ["Health", "Started", "Supervisor", "SupervisorStatistics"]
+__all__ = ["Started", "Supervisor"]
 
 _log = logging.getLogger("supervisor.streams")
-_PAGE = 4096  # events read at a time
 _MAX_REASONS = 64  # distinct reasons counted for one state
 _LATE_S = 1.0  # between two looks at outcomes that were not durable in time
-
-Phase = Literal["open", "draining", "closed"]
 
 
 @attrs.frozen
@@ -77,52 +72,6 @@ class Started:
 
     stream: Stream
     created: bool
-
-
-@attrs.frozen(kw_only=True)
-class SupervisorStatistics:
-    """A supervisor's figures at one moment. Counts are since it was opened."""
-
-    state: Phase
-    live: int
-    settling: int
-    unrecorded: int
-    """Of the settling ones, those whose outcome could not be made durable in time; it is announced if it still can be."""
-    finished_in_memory: int
-    finished_bytes: int
-    tasks: int
-    """Streams' tasks, with those of sources that have not ended after the seal."""
-    keys: int
-    tombstones: int
-    readers: int
-    started: int
-    attached: int
-    rejected: int
-    ended: Mapping[str, Mapping[str, int]]
-    """By state, then by reason. Cancelled is never counted as failed or completed."""
-    memory: MemoryStatistics
-    store: StoreStatistics
-
-
-@attrs.frozen(kw_only=True)
-class Health:
-    """Whether the supervisor can do its work: `ok`, `degraded` (and why), or `draining`."""
-
-    status: Literal["ok", "degraded", "draining"]
-    problems: tuple[str, ...]
-    live: int
-    max_live: int
-    store: StoreHealth
-    circuits: Mapping[str, Mapping[str, Any]]
-    """By upstream, what its circuit says (`supervisor.upstream.CircuitStatistics`). An open one is the upstream's trouble: `status`
-    does not go by it."""
-
-
-@attrs.frozen
-class _Tombstone:
-    expires: float
-    actor: str | None
-    reason: str
 
 
 class Supervisor:
@@ -147,24 +96,24 @@ class Supervisor:
         self._circuits = circuits
         self._new_id = new_id  # None: `recover` makes one that goes on from the store's
         self._dialects: dict[str, Dialect] = {**BUILTIN, **{dialect.name: dialect for dialect in dialects}}
-        self._live: dict[str, Stream] = {}
-        self._settling: dict[str, Stream] = {}
         self._unrecorded: dict[
             str, Stream
         ] = {}  # of the settling ones, those that nobody is made to wait for
-        self._finished: dict[str, tuple[float, Stream, int]] = {}
-        self._finished_bytes = 0
         self._keys: dict[str, Stream] = {}
-        self._tombstones: dict[str, _Tombstone] = {}
+        self._tombstones = Tombstones(max_count=limits.max_tombstones, keep_s=limits.tombstone_s)
         self._phase: Phase = "open"
         self._idle = trio.Event()
         self.watchdog: Watchdog[Stream] = Watchdog(lambda stream: stream.clocks, Stream.expire)
-        self.memory = MemoryManager(memory, self._live)
+        self.memory = MemoryManager(memory, limits, dropped=self._stream_dropped)
+        stones = self._tombstones
+        self.memory.register("tombstones", Holder(held=lambda: stones.bytes_held, expire=stones.expire))
+        self._live: Mapping[str, Stream] = self.memory.live.streams
+        self._settling: Mapping[str, Stream] = self.memory.ending.streams
+        self._finished: Mapping[str, Stream] = self.memory.finished.pool.streams
         self.readers = 0
         self._tasks = 0
         self._started = 0
         self._attached = 0
-        self._rejected = 0
         self._ended: dict[str, dict[str, int]] = {}
 
     def __repr__(self) -> str:
@@ -185,6 +134,7 @@ class Supervisor:
         upstream: str | None = None,
         delivery: Delivery = "immediate",
         meta: Mapping[str, Any] | None = None,
+        tenant: str | None = None,
     ) -> Stream:
         """Start a stream, or join the one that has the key, and return it before any of its I/O.
 
@@ -202,6 +152,7 @@ class Supervisor:
             upstream=upstream,
             delivery=delivery,
             meta=meta,
+            tenant=tenant,
         ).stream
 
     @trio.lowlevel.enable_ki_protection
@@ -218,15 +169,17 @@ class Supervisor:
         upstream: str | None = None,
         delivery: Delivery = "immediate",
         meta: Mapping[str, Any] | None = None,
+        tenant: str | None = None,
     ) -> Started:
         """Claim the key and register the stream, synchronously.
 
         `on_conflict` says what a claimed key does: `"attach"` joins its stream (live or ended), `"reject"` raises
         KeyConflictError, `"replace"` ends it as `cancelled(replaced)` and takes the key. `dialect` and `upstream` default to
-        the source's own attributes, `deadlines` to the supervisor's. `meta` is small JSON for the record.
+        the source's own attributes, `deadlines` to the supervisor's. `meta` is small JSON for the record. `tenant` is on whose
+        behalf it runs, for limits and figures.
 
-        Raises AdmissionError at the limit of live streams, StoreUnavailableError while the store cannot write (both say when to
-        come back), SupervisorClosedError while draining or closed, and ConfigurationError for a bad option; in each case
+        Raises AdmissionError at a limit that rejects, StoreUnavailableError while the store cannot write (both say when to come
+        back), SupervisorClosedError while draining or closed, and ConfigurationError for a bad option; in each case
         nothing has changed.
         """
         if not callable(source):
@@ -243,6 +196,7 @@ class Supervisor:
             on_detach=OnDetach() if on_detach is None else on_detach,
             delivery=delivery,
             meta={} if meta is None else meta,
+            tenant=tenant,
         )
         try:
             head = msgspec.json.encode(spec)
@@ -261,18 +215,18 @@ class Supervisor:
                 assert key is not None, "only a key has a holder"
                 raise KeyConflictError(key, stream_id=holder.id, state=holder.state.value)
         if (failing := self.store.failing) is not None:
-            self._rejected += 1
+            self.memory.refused("store")
             raise StoreUnavailableError(failing, retry_after_s=self.limits.retry_after_s)
-        oldest = self._admit(replacing=holder)
+        acts = self.memory.admit(spec, replacing=holder, tasks=self._tasks)
         assert self._new_id is not None, "a supervisor recovers before it starts streams"
         stream = Stream(self, self._new_id(), spec, source, dialect=chosen or self._dialects["native"])
         self.store.create(
-            StoredStream(id=stream.id, key=spec.key, created_at=stream.created_at, head=head)
-        )  # first: if it refuses, nothing else has changed
-        if oldest is not None:
-            oldest.reaped(
-                "reaped_count", f"{self.limits.max_live} streams are live, the limit; the oldest made room"
+            StoredStream(
+                id=stream.id, key=spec.key, created_at=stream.created_at, head=head, tenant=spec.tenant
             )
+        )  # first: if it refuses, nothing else has changed
+        for act in acts:
+            act.stream.reaped(act.reason, act.message)
         if holder is not None:
             holder.stop_for("replaced", actor=stream.id)
         if chosen is not None:
@@ -280,25 +234,7 @@ class Supervisor:
         self._register(stream, spec)
         return Started(stream, created=True)
 
-    def _admit(self, *, replacing: Stream | None) -> Stream | None:
-        """Return the stream that is to make room for one more, None if there is room; or raise AdmissionError."""
-        freed = replacing is not None and not replacing.sealed
-        busy = len(self._live) - freed
-        full = busy >= self.limits.max_live
-        # Streams that are settling, and sources that have not ended after the seal, hold memory and perhaps sockets too: there
-        # may be as many of them again as live ones, and no more.
-        ending = max(len(self._settling), self._tasks - len(self._live))
-        if ending >= max(self.limits.max_live, SLICE) or (full and self.limits.when_full == "reject"):
-            self._rejected += 1
-            raise AdmissionError(
-                live=busy, limit=self.limits.max_live, retry_after_s=self.limits.retry_after_s
-            )
-        if not full:
-            return None
-        return next(stream for stream in self._live.values() if stream is not replacing)
-
     def _register(self, stream: Stream, spec: StreamSpec) -> None:
-        self._live[stream.id] = stream
         if self._idle.is_set():
             self._idle = trio.Event()
         if spec.key is not None:
@@ -310,8 +246,8 @@ class Supervisor:
         self._nursery.start_soon(stream.run, name=f"stream {stream.id}")
         if spec.delivery == "durable":
             self._nursery.start_soon(stream.follow_durability, name=f"durability of {stream.id}")
-        tombstone = self._tombstones.pop(spec.key, None) if spec.key is not None else None
-        if tombstone is not None and tombstone.expires > trio.current_time():
+        tombstone = None if spec.key is None else self._tombstones.take(spec.key, trio.current_time())
+        if tombstone is not None:
             stream.stop_for(
                 "requested",
                 actor=tombstone.actor,
@@ -324,7 +260,7 @@ class Supervisor:
         """Return a stream in memory by id. Raises UnknownStreamError; `find` looks in the store too."""
         stream = self._live.get(stream_id) or self._settling.get(stream_id)
         if stream is None and stream_id in self._finished:
-            stream = self._finished[stream_id][1]
+            stream = self._finished[stream_id]
         if stream is None:
             raise UnknownStreamError(stream_id=stream_id)
         return stream
@@ -345,7 +281,7 @@ class Supervisor:
             stored = await self.store.get(stream_id=stream_id, key=key)  # noqa: ASYNC120  # cancelled: nobody asks
             if stored is None or stored.outcome is None:
                 raise
-            return self._restored(stored)
+            return restored(self, stored, self._dialects)
         await trio.lowlevel.checkpoint()
         return stream
 
@@ -390,9 +326,9 @@ class Supervisor:
                 if stored.id in found:
                     matched += 1
                 elif stored.outcome is not None and not self._in_memory(stored.id):
-                    restored = self._restored_if_readable(stored)
-                    if restored is not None and _matches(restored, wanted, labels, key, upstream):
-                        found[restored.id] = restored.info()
+                    again = restored_if_readable(self, stored, self._dialects)
+                    if again is not None and _matches(again, wanted, labels, key, upstream):
+                        found[again.id] = again.info()
                         matched += 1
             if len(page) < limit:
                 break
@@ -413,9 +349,9 @@ class Supervisor:
         wanted = None if states is None else {State(state) for state in states}
         everything = [*self._live.values(), *self._settling.values()]
         if live is not True:
-            everything += [stream for _, stream, _ in self._finished.values()]
+            everything += self._finished.values()
         if live is False:
-            everything = [stream for _, stream, _ in self._finished.values()]
+            everything = [*self._finished.values()]
         chosen = [stream for stream in everything if _matches(stream, wanted, labels, key, upstream)]
         chosen.sort(key=lambda stream: stream.id, reverse=True)
         return chosen
@@ -444,7 +380,8 @@ class Supervisor:
         check_stop(mode, drain_s, drain_tokens)
         _exactly_one(stream_id=stream_id, key=key, labels=labels, all_streams=all_streams or None)
         if key is not None and key not in self._keys:
-            self._bury(key, actor=actor, reason=reason)
+            StreamSpec(key=key)  # validates
+            self._tombstones.bury(key, actor=actor, reason=reason, now=trio.current_time())
             await trio.lowlevel.checkpoint()
             return [CancelResult(outcome="tombstoned", id=None, key=key, state=None, reason=None)]
         if stream_id is not None or key is not None:
@@ -483,18 +420,6 @@ class Supervisor:
                 )
         return results
 
-    def _bury(self, key: str, *, actor: str | None, reason: str) -> None:
-        """Leave a tombstone for a key; the oldest makes room at the limit."""
-        StreamSpec(key=key)  # validates
-        now = trio.current_time()
-        self._tombstones.pop(key, None)
-        while self._tombstones:
-            oldest = next(iter(self._tombstones))
-            if self._tombstones[oldest].expires > now and len(self._tombstones) < self.limits.max_tombstones:
-                break
-            del self._tombstones[oldest]
-        self._tombstones[key] = _Tombstone(now + self.limits.tombstone_s, actor, reason)
-
     async def reap(self, *, dry_run: bool = False, wait_s: float = 5.0) -> ReapReport:
         """Apply the memory policy now, and wait at most `wait_s` for the outcomes; with `dry_run` only say who would go.
 
@@ -532,22 +457,23 @@ class Supervisor:
 
     def statistics(self) -> SupervisorStatistics:
         """Return the supervisor's figures."""
+        memory = self.memory.statistics()
         return SupervisorStatistics(
             state=self._phase,
             live=len(self._live),
             settling=len(self._settling),
             unrecorded=len(self._unrecorded),
             finished_in_memory=len(self._finished),
-            finished_bytes=self._finished_bytes,
+            finished_bytes=self.memory.finished.bytes_held,
             tasks=self._tasks,
             keys=len(self._keys),
             tombstones=len(self._tombstones),
             readers=self.readers,
             started=self._started,
             attached=self._attached,
-            rejected=self._rejected,
+            rejected=sum(memory.rejected.values()),
             ended={state: dict(sorted(reasons.items())) for state, reasons in sorted(self._ended.items())},
-            memory=self.memory.statistics(),
+            memory=memory,
             store=self.store.statistics(),
         )
 
@@ -582,15 +508,13 @@ class Supervisor:
 
     def stream_sealed(self, stream: Stream) -> None:
         """Take note of a seal."""
-        if self._live.pop(stream.id, None) is not None:
-            self._settling[stream.id] = stream
-            self.memory.gone(stream)
+        if stream.id in self._live:
+            self.memory.sealed(stream)
 
     def stream_settled(self, stream: Stream) -> None:
         """Take note that a stream's outcome is announced."""
         outcome = stream.outcome
         assert outcome is not None, "only an announced stream is settled"
-        self._settling.pop(stream.id, None)
         self._unrecorded.pop(stream.id, None)
         reasons = self._ended.setdefault(outcome.state.value, {})
         known = outcome.reason in reasons or len(reasons) < _MAX_REASONS
@@ -599,16 +523,15 @@ class Supervisor:
         )  # a completed reason is the provider's, or the program's, to choose
         reasons[reason] = reasons.get(reason, 0) + 1
         self.memory.count(outcome.reason)
+        self.memory.settled(stream)
         self.store.forget(stream.id)
-        self._keep_finished(stream)
         self._note_idle()
 
     def stream_unrecorded(self, stream: Stream, *, hopeless: bool) -> None:
         """Take note that an outcome could not be made durable in time: announce it when it is, unless that is `hopeless`."""
         if hopeless:
-            self._settling.pop(stream.id, None)
             self.store.forget(stream.id)
-            self._keep_finished(stream)
+            self.memory.settled(stream)
         else:
             if not self._unrecorded:
                 self._nursery.start_soon(self._announce_late, name="late outcomes")
@@ -630,45 +553,14 @@ class Supervisor:
         if not self._live and len(self._settling) == len(self._unrecorded):
             self._idle.set()
 
+    def _stream_dropped(self, stream: Stream) -> None:
+        """Let go of the key of an ended stream that leaves memory."""
+        if stream.key is not None and self._keys.get(stream.key) is stream:
+            del self._keys[stream.key]
+
     def spawn(self, function: Callable[[], Awaitable[object]]) -> None:
         """Run a stream's own housekeeping beside its task."""
         self._nursery.start_soon(function)
-
-    def _keep_finished(self, stream: Stream) -> None:
-        now, limits = trio.current_time(), self.limits
-        self._finished[stream.id] = (now, stream, stream.bytes_held)
-        self._finished_bytes += stream.bytes_held
-        while self._finished:
-            oldest = next(iter(self._finished))
-            ended, old, nbytes = self._finished[oldest]
-            expired = limits.finished_s is not None and now - ended > limits.finished_s
-            too_big = self._finished_bytes > limits.max_finished_bytes and len(self._finished) > 1
-            if not expired and not too_big and len(self._finished) <= limits.max_finished:
-                break
-            del self._finished[oldest]
-            self._finished_bytes -= nbytes
-            if old.key is not None and self._keys.get(old.key) is old:
-                del self._keys[old.key]
-
-    def _restored(self, stored: StoredStream) -> Stream:
-        assert stored.outcome is not None, "only an ended stream is restored"
-        try:
-            spec, outcome = _HEAD.decode(stored.head), Outcome.from_json(stored.outcome)
-        except msgspec.MsgspecError as error:
-            raise StoreCorruptError(
-                f"stream {stored.id}: its record cannot be read ({error}); it is left as it is, and not shown"
-            ) from error
-        dialect = self._dialects.get(spec.dialect)
-        stream = Stream(self, stored.id, spec, None, dialect=dialect, created_at=stored.created_at)
-        stream.restore(outcome)
-        return stream
-
-    def _restored_if_readable(self, stored: StoredStream) -> Stream | None:
-        try:
-            return self._restored(stored)
-        except StoreCorruptError as error:
-            _log.error("%s", error)  # the error says it all
-            return None
 
     # --- opening -----------------------------------------------------------------------------------------------------
 
@@ -677,26 +569,26 @@ class Supervisor:
 
         Returns how many were interrupted.
         """
-        interrupted = await self.store.unfinished()
-        for stored in interrupted:
-            outcome = await _interrupted(stored, self.store)
+        left = await self.store.unfinished()
+        for stored in left:
+            outcome = await interrupted(stored, self.store)
             event = Event(outcome.epoch, outcome.last_seq, outcome.ended_at, "outcome", outcome.to_json())
             self.store.end(stored.id, event, state=outcome.state.value, ended_at=outcome.ended_at)
-        for stored in interrupted:
+        for stored in left:
             await self.store.wait_durable(stored.id, stored.last_seq + 1)
             self.store.forget(stored.id)
         newest = await self.store.list(limit=self.limits.max_finished)
         for stored in reversed(newest):
-            stream = self._restored_if_readable(stored)
+            stream = restored_if_readable(self, stored, self._dialects)
             if stream is None:
                 continue
-            self._keep_finished(stream)
             if stream.key is not None:
                 self._keys[stream.key] = stream
+            self.memory.keep(stream)
         if self._new_id is None:
-            highest = max((stored.id for stored in [*interrupted[-1:], *newest[:1]]), default=None)
+            highest = max((stored.id for stored in [*left[-1:], *newest[:1]]), default=None)
             self._new_id = monotonic_ids(after=highest)  # also if the clock was set back since
-        return len(interrupted)
+        return len(left)
 
     async def close(self) -> None:
         """Wait for the live streams, and for those they start, as a nursery does; then stop the housekeeping."""
@@ -724,44 +616,3 @@ def _matches(
         and (upstream is None or stream.upstream == upstream)
         and (labels is None or all(stream.labels.get(name) == text for name, text in labels.items()))
     )
-
-
-async def _interrupted(stored: StoredStream, store: Store) -> Outcome:
-    """Return the outcome of a stream that a crash interrupted, its counts taken from the durable journal.
-
-    It begins a new epoch: readers may have seen events that were not durable, and a cursor past the durable end must be
-    told of the gap rather than be continued with something else.
-    """
-    last, epoch = stored.last_seq, stored.epoch
-    counts: Counter[str] = Counter()
-    starts, rungs = {1: 1}, []
-    seq = stored.first_seq - 1
-    try:
-        while seq < last and (page := await store.read(stored.id, after_seq=seq, limit=_PAGE)):
-            for event in page:
-                counts[event.kind] += 1
-                starts.setdefault(event.epoch, event.seq)
-                if event.kind == "attempt" and (rung := decode_attempt(event.payload).rung) is not None:
-                    rungs.append(rung)
-            seq = page[-1].seq
-    except (StoreCorruptError, msgspec.MsgspecError) as error:
-        _log.error("stream %s: %s", stored.id, error)  # the error says it all; what could be read is counted
-    return Outcome(
-        id=stored.id,
-        key=stored.key,
-        state=State.FAILED,
-        reason="interrupted",
-        message=f"the process ended while the stream was live; {last} events were durable and are kept",
-        attempts=counts["attempt"],
-        events=counts["data"],
-        skipped=counts["skipped"],
-        epoch=epoch + 1,  # even: see Journal.new_epoch
-        last_seq=last + 1,
-        rungs=tuple(rungs),
-        epoch_starts=(*sorted(starts.items()), (epoch + 1, last + 1)),
-        started_at=stored.created_at,
-        ended_at=time.time(),
-    )
-
-
-_HEAD = msgspec.json.Decoder(StreamSpec)

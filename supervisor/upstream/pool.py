@@ -13,7 +13,10 @@ from collections import OrderedDict
 
 from supervisor.upstream.connection import Connection, Origin
 
-__all__ = ["IdlePool"]
+__all__ = ["IDLE_BYTES", "IdlePool"]
+
+IDLE_BYTES = 16 << 10
+"""What an idle connection is accounted as: most of it is the TLS library's, which does not tell."""
 
 
 class IdlePool:
@@ -52,6 +55,26 @@ class IdlePool:
         self._by_origin.setdefault(connection.origin, OrderedDict())[connection] = None
         while len(self._by_age) > self._max_count:
             self._drop_oldest()
+
+    @property
+    def bytes_held(self) -> int:
+        """What the idle connections are accounted as."""
+        return len(self._by_age) * IDLE_BYTES
+
+    def expire(self, now: float, most: int) -> int:
+        """Close connections that are overdue, `most` at most, and return how many: for a supervisor's memory manager."""
+        gone = 0
+        while self._by_age and gone < most and self._by_age[next(iter(self._by_age))] <= now:
+            self._drop_oldest()
+            gone += 1
+        return gone
+
+    def spare(self, nbytes: int, most: int) -> int:
+        """Close connections, the oldest first, until that was `nbytes`, `most` at most; return how many: as `expire`."""
+        count = min(len(self._by_age), most, -(-nbytes // IDLE_BYTES))
+        for _ in range(count):
+            self._drop_oldest()
+        return count
 
     def close(self) -> None:
         """Close every idle connection."""

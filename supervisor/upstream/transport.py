@@ -191,6 +191,11 @@ class StreamTransport(httpx.AsyncBaseTransport):
         busy = self._counters.open - len(self._pool)
         return f"<StreamTransport {state}: {busy} busy, {len(self._pool)} idle{via}>"
 
+    @property
+    def idle(self) -> IdlePool:
+        """The connections kept for reuse, for a memory manager: see `supervisor.streams.Holder`."""
+        return self._pool
+
     def statistics(self) -> TransportStatistics:
         """Return the figures of this moment."""
         return TransportStatistics(idle=len(self._pool), **attrs.asdict(self._counters))

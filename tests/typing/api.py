@@ -35,6 +35,7 @@ from supervisor import (
     GapError,
     KeyConflictError,
     Limits,
+    MemoryGroup,
     MemoryPolicy,
     MemoryStore,
     OnDetach,
@@ -153,7 +154,14 @@ async def opening(path: Path) -> None:
         store=MemoryStore(max_streams=10, max_bytes=1 << 20),
         limits=Limits(max_live=10, when_full="reap_oldest", tail_events=10, finished_s=None),
         deadlines=Deadlines(connect_s=1, first_event_s=None, idle_s=0.5, total_s=60),
-        memory=MemoryPolicy(max_age_s=60, stale_s=10.0, max_count=5, max_bytes=1 << 30),
+        memory=MemoryPolicy(
+            max_age_s=60,
+            stale_s=10.0,
+            max_count=5,
+            max_bytes=1 << 30,
+            at_max_bytes="spill",
+            groups=(MemoryGroup(tenant="*", labels={"plan": "free"}, max_count=3, at_max_count="reject"),),
+        ),
         dialects=[dialect],
         new_id=supervisor.streams.monotonic_ids(),
     ):
@@ -231,6 +239,9 @@ def telling(sup: Supervisor) -> None:
     assert_type(figures.ended, Mapping[str, Mapping[str, int]])
     assert_type(figures.store.pending_bytes, int)
     assert_type(figures.memory.bytes_held, int)
+    assert_type(figures.memory.tenants, Mapping[str, supervisor.streams.PoolStatistics])
+    held = supervisor.streams.Holder(held=lambda: 0)
+    sup.memory.register("a cache", held)
     health = sup.health()
     assert_type(health.status, Literal["ok", "degraded", "draining"])
     assert_type(health.problems, tuple[str, ...])

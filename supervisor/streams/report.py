@@ -1,0 +1,131 @@
+"""What a supervisor tells of itself: its figures, whether it is well, and what a reap did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import attrs
+
+from supervisor.stores.base import StoreHealth, StoreStatistics
+
+__all__ = [
+    "Health",
+    "MemoryStatistics",
+    "Phase",
+    "PoolStatistics",
+    "ReapReport",
+    "Reaped",
+    "SupervisorStatistics",
+]
+
+Phase = Literal["open", "draining", "closed"]
+
+
+@attrs.frozen(kw_only=True)
+class Reaped:
+    """One stream that was reaped or spilled, or would be."""
+
+    id: str
+    key: str | None
+    reason: str
+    """`reaped_…`, or `spilled`: then it goes on, and holds less."""
+    message: str
+    """The limit, the value and the bound."""
+    age_s: float
+    idle_s: float
+    bytes_held: int
+    """Before that."""
+    settled: bool = False
+    """Whether its outcome was durable when this was told; until then a crash could still make it `interrupted`."""
+
+
+@attrs.frozen(kw_only=True)
+class ReapReport:
+    """What a sweep did. With `dry_run` nothing was."""
+
+    dry_run: bool
+    live: int
+    """Live streams before the sweep."""
+    reaped: tuple[Reaped, ...]
+    spilled: tuple[Reaped, ...] = ()
+    """Streams that gave up what the store has of them, and went on."""
+
+
+@attrs.frozen(kw_only=True)
+class PoolStatistics:
+    """The live streams of a tenant or group."""
+
+    live: int
+    bytes_held: int
+
+
+@attrs.frozen(kw_only=True)
+class MemoryStatistics:
+    """The memory manager's figures at one moment. Counts are since the start."""
+
+    bytes_held: int
+    """By live streams."""
+    ending_bytes: int
+    """By streams that have been sealed, and whose outcome is not durable yet."""
+    total_bytes: int
+    """By everything that is counted."""
+    beside: Mapping[str, int]
+    """Bytes held beside live and ending streams, by whom: ended streams, tombstones, connections."""
+    tenants: Mapping[str, PoolStatistics]
+    """Of tenants with live streams, those that hold most."""
+    groups: Mapping[str, PoolStatistics]
+    """The same of groups."""
+    process_bytes: int | None
+    """The process's resident memory as of the last sweep; None where that is not known."""
+    process_limit_bytes: int | None
+    pressure: bool
+    """Whether the process's memory is short, from the high mark until below the low one."""
+    sweeps: int
+    looked_at: int
+    """Streams that sweeps have looked at."""
+    reaped: Mapping[str, int]
+    """Outcomes by reason."""
+    spilled: int
+    """How often a stream was made to give up what the store has of it."""
+    rejected: Mapping[str, int]
+    """Starts refused, by limit; `store`: because it could not write."""
+
+
+@attrs.frozen(kw_only=True)
+class SupervisorStatistics:
+    """A supervisor's figures at one moment. Counts are since it was opened."""
+
+    state: Phase
+    live: int
+    settling: int
+    unrecorded: int
+    """Of the settling ones, those whose outcome could not be made durable in time; it is announced if it still can be."""
+    finished_in_memory: int
+    finished_bytes: int
+    tasks: int
+    """Streams' tasks, with those of sources that have not ended after the seal."""
+    keys: int
+    tombstones: int
+    readers: int
+    started: int
+    attached: int
+    rejected: int
+    ended: Mapping[str, Mapping[str, int]]
+    """By state, then by reason. Cancelled is never counted as failed or completed."""
+    memory: MemoryStatistics
+    store: StoreStatistics
+
+
+@attrs.frozen(kw_only=True)
+class Health:
+    """Whether the supervisor can do its work: `ok`, `degraded` (and why), or `draining`."""
+
+    status: Literal["ok", "degraded", "draining"]
+    problems: tuple[str, ...]
+    live: int
+    max_live: int
+    store: StoreHealth
+    circuits: Mapping[str, Mapping[str, Any]]
+    """By upstream, what its circuit says (`supervisor.upstream.CircuitStatistics`). An open one is the upstream's trouble: `status`
+    does not go by it."""
