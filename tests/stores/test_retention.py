@@ -11,7 +11,8 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supervisor.errors import ConfigurationError, StoreError
+from supervisor import open_supervisor
+from supervisor.errors import ConfigurationError, GapError, StoreError
 from supervisor.stores import Keep, MemoryStore, PruneReport, Retention, SQLiteStore, Store, retain
 from supervisor.stores.retention import EndedStream, Totals, select
 
@@ -277,6 +278,25 @@ async def test_a_prune_stands_back_while_the_store_is_behind(path, monkeypatch):
         await until(lambda: store.congested and store.failing is not None)
         assert await pruned(store, max_ended=0) == 0  # it did not wait for a flow that will not come
         disk.before = lambda _: None
+
+
+async def test_a_reader_of_what_retention_has_removed_is_told(store):
+    """Still in memory but gone from the store: a gap that says so, never an empty answer or an end without a beginning."""
+
+    async def words(out):
+        for word in ("one ", "two ", "three"):
+            await out.send(word)
+
+    async with open_supervisor(store=store) as sup:
+        stream = await sup.start(words)
+        outcome = await stream.wait()
+        assert (await store.prune(Retention(max_ended=0))).streams == 1
+        with pytest.raises(GapError) as caught:
+            async with stream.subscribe() as reading:
+                _ = [event async for event in reading]
+        assert (caught.value.after_seq, caught.value.tail_seq) == (0, outcome.last_seq)
+        assert caught.value.earliest_seq > caught.value.tail_seq  # nothing can be read any more
+        assert stream.outcome == outcome
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
