@@ -19,7 +19,7 @@ import attrs
 
 from supervisor.errors import StoreCorruptError, StoreError
 from supervisor.stores import pruning, schema
-from supervisor.stores.base import Event, StoredStream
+from supervisor.stores.base import EVENT_OVERHEAD_BYTES, Event, StoredStream
 from supervisor.stores.positions import Position
 from supervisor.stores.pruning import Garbage
 from supervisor.stores.retention import EndedStream, Retention
@@ -307,8 +307,12 @@ class Database:
                         f"stream {stream_id}: the stored events {first} to {last} are damaged ({exc}); those before "
                         f"and after can still be read; restore {self.path} from a copy to have them back"
                     ) from exc
-                for event in events[due - first :]:
-                    nbytes += event.nbytes
+                if first < due:
+                    del events[: due - first]
+                for event in events:
+                    nbytes += (
+                        len(event.payload) + len(event.name) + EVENT_OVERHEAD_BYTES
+                    )  # `nbytes`: it has no text
                     if len(found) == limit or (found and nbytes > max_bytes):
                         return found
                     found.append(event)

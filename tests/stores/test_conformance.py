@@ -64,6 +64,9 @@ async def test_reading_stops_at_its_bytes_but_gives_one_event(store):
             await store.read("s1", after_seq=0, limit=9, max_bytes=3 * 1160)
         )
         assert events(5, 5, size=1000) == list(await store.read("s1", after_seq=4, limit=9, max_bytes=10))
+        store.append("s1", [event(seq, name="n" * 2000) for seq in (11, 12)])
+        await store.wait_durable("s1", 12)
+        assert len(await store.read("s1", after_seq=10, limit=9, max_bytes=2 * 1160)) == 1
 
 
 async def test_a_new_epoch_goes_on_with_the_same_seqs(store):

@@ -51,12 +51,13 @@ def test_one_changed_bit_is_found(written, data):
         segments.decode(position, crc, body)
 
 
+@pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize(
     "body", [b"", b"\xc1", segments.encode(events(1, 2)), segments.encode(events(1, 2)) + b"\0"]
 )
-def test_a_blob_of_another_shape_is_found(body):
+def test_a_blob_of_another_shape_is_found(body, length):
     """A checksum that fits does not make a segment of what is none, or of one of another length."""
-    position = (5, 1, 3, 1)
+    position = (5, 1, length, 1)
     with pytest.raises(ValueError):
         segments.decode(position, segments.checksum(position, body), body)
 
