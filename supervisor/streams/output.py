@@ -192,12 +192,13 @@ class Output:
                 self._joins = None
         if len(deltas) == 1:
             delta = deltas[0]
-            text = "" if delta.choice else delta.text
+            self._journal.add(time.time(), "data", payload, name, "" if delta.choice else delta.text)
+            self._fold.apply(delta)
         else:
             text = "".join([delta.text for delta in deltas if not delta.choice])
-        self._journal.add(time.time(), "data", payload, name, text)
-        for delta in deltas:
-            self._fold.apply(delta)
+            self._journal.add(time.time(), "data", payload, name, text)
+            for delta in deltas:
+                self._fold.apply(delta)
         if self._undurable is not None:
             self._undurable.append((self._journal.tail_seq, deltas))
         if not self._streaming:

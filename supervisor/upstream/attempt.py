@@ -73,6 +73,7 @@ class Attempt:
         "_transport",
         "_upstream",
         "_veil",
+        "append",
         "begun",
         "body",
         "connected",
@@ -107,6 +108,8 @@ class Attempt:
         self._first_event_id = first_event_id
         self.on_begun = on_begun
         """Called when the first event has come."""
+        self.append: Callable[[bytes, str, tuple[Delta, ...]], None] = self._append
+        """Takes one wire event: once the answer has begun and there is no credential to look for, the stream's output itself."""
         self.failed: tuple[str, Fault] | None = None
         self.connected = False
         self.begun = False
@@ -275,8 +278,7 @@ class Attempt:
         """Whether nothing more is to be read: the attempt has failed, or the stream is sealed."""
         return self.failed is not None or self.out.sealed
 
-    def append(self, payload: bytes, name: str, deltas: tuple[Delta, ...]) -> None:
-        """Take one wire event."""
+    def _append(self, payload: bytes, name: str, deltas: tuple[Delta, ...]) -> None:
         veil = self._veil
         if veil is not None and veil.needed(payload, name, deltas):
             payload, name, deltas = veil.event(payload, name, deltas, self._upstream.dialect)
@@ -315,6 +317,8 @@ class Attempt:
 
     def _begin(self) -> None:
         self.begun = True
+        if self._veil is None:
+            self.append = self.out.append
         if self.on_begun is not None:
             self.on_begun()
 
