@@ -73,15 +73,14 @@ def decode(position: SegmentPosition, crc: int, body: bytes) -> list[Event]:
     ats, payloads, kinds, names = _DECODER.decode(body)  # its errors are ValueErrors
     _number, first_seq, last_seq, epoch = position
     length = last_seq - first_seq + 1
-    if length == 1 == len(ats) == len(payloads) and isinstance(kinds, str) and isinstance(names, str):
+    if not len(ats) == len(payloads) == length:
+        raise ValueError(f"{len(payloads)} events where there were {length}")
+    if length == 1 and isinstance(kinds, str) and isinstance(names, str):
         return [Event(epoch, first_seq, ats[0], kinds, payloads[0], names)]  # as most are that came at a pace
     each_kind = repeat(kinds, length) if isinstance(kinds, str) else kinds
     each_name = repeat(names, length) if isinstance(names, str) else names
-    columns = zip(repeat(epoch, length), count(first_seq), ats, each_kind, payloads, each_name, strict=False)
-    events = list(starmap(Event, columns))
-    if len(events) != length:
-        raise ValueError(f"{len(events)} events where there were {length}")
-    return events
+    columns = zip(repeat(epoch, length), count(first_seq), ats, each_kind, payloads, each_name, strict=True)
+    return list(starmap(Event, columns))  # `strict` raises ValueError
 
 
 def _one_or_all(column: list[str]) -> str | list[str]:
