@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from itertools import count, repeat, starmap
+from itertools import repeat, starmap
 
 import msgspec
 
@@ -79,7 +79,15 @@ def decode(position: SegmentPosition, crc: int, body: bytes) -> list[Event]:
         return [Event(epoch, first_seq, ats[0], kinds, payloads[0], names)]  # as most are that came at a pace
     each_kind = repeat(kinds, length) if isinstance(kinds, str) else kinds
     each_name = repeat(names, length) if isinstance(names, str) else names
-    columns = zip(repeat(epoch, length), count(first_seq), ats, each_kind, payloads, each_name, strict=True)
+    columns = zip(
+        repeat(epoch, length),
+        range(first_seq, last_seq + 1),
+        ats,
+        each_kind,
+        payloads,
+        each_name,
+        strict=True,
+    )
     return list(starmap(Event, columns))  # `strict` raises ValueError
 
 
