@@ -385,9 +385,9 @@ class SQLiteStore:
         self._pending_records += _records(write)
         if self._queued_bytes >= self._commit_bytes:
             self._due.set()
-            if self._pending_bytes > self._high_water_bytes and not self._congested:
-                self._congested = True
-                self._flowing = trio.Event()
+        if self._pending_bytes > self._high_water_bytes and not self._congested:
+            self._congested = True
+            self._flowing = trio.Event()
 
     def _done(self, writes: Sequence[Write]) -> None:
         """Take writes off the books: they are committed, or never will be."""

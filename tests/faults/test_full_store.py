@@ -188,7 +188,7 @@ async def on_a_small_disk(path, **options):
         path, commit_interval_s=0, high_water_bytes=MIB, low_water_bytes=MIB // 2, patience_s=0.05
     )
     with trio.fail_after(20):
-        async with open_supervisor(store=store, limits=Limits(**{"settle_s": 0.02, **options})) as sup:
+        async with open_supervisor(store=store, limits=Limits(**{"settle_s": 0.15, **options})) as sup:
             disk = Disk(store)
             disk.fill(40)
             try:
@@ -218,7 +218,7 @@ async def numbers(stream) -> list[str]:
 
 async def test_a_full_disk_ends_streams_and_tells_nobody_before_it_has_room(path, impatient):
     """The outcome is written when there is room; until then who asks gets the store's error, and memory is bounded."""
-    async with on_a_small_disk(path, held_s=0.02) as (sup, store, disk):
+    async with on_a_small_disk(path, held_s=0.15) as (sup, store, disk):
         stream = await sup.start(chatter)
         with pytest.raises(StoreError, match="database or disk is full"):
             await stream.wait()
@@ -226,7 +226,7 @@ async def test_a_full_disk_ends_streams_and_tells_nobody_before_it_has_room(path
         with pytest.raises(StoreError, match="full"):
             await numbers(stream)  # all there is, and then the error, not an end
         assert (sup.statistics().unrecorded, sup.statistics().ended) == (1, {})
-        assert MIB < store.statistics().held_bytes < MIB + 50_000
+        assert MIB // 2 <= store.statistics().held_bytes < MIB + 50_000
         with pytest.raises(StoreUnavailableError, match="full"):
             await sup.start(chatter)
         health = sup.health()
@@ -252,7 +252,7 @@ async def test_a_full_disk_ends_streams_and_tells_nobody_before_it_has_room(path
 
 async def test_room_that_comes_back_in_time_is_all_that_it_takes(path, impatient):
     """Streams go on by themselves, whole and in order."""
-    async with on_a_small_disk(path, held_s=10) as (sup, store, disk):
+    async with on_a_small_disk(path, held_s=10, settle_s=10) as (sup, store, disk):
         stream = await sup.start(chatter)
         await until(lambda: store.congested and store.failing is not None)
         before = stream.tail_seq
@@ -305,7 +305,7 @@ async def test_a_file_that_may_not_grow_is_the_same(tmp_path):
         async def main():
             store = SQLiteStore(sys.argv[1], commit_interval_s=0, high_water_bytes=1 << 20, patience_s=0.05)
             with trio.fail_after(20):
-                async with open_supervisor(store=store, limits=Limits(held_s=0.02, settle_s=0.02)) as sup:
+                async with open_supervisor(store=store, limits=Limits(held_s=0.15, settle_s=0.15)) as sup:
                     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
                     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
                     stream = await sup.start(chatter)

@@ -163,6 +163,21 @@ async def test_congestion_begins_high_and_ends_low(path, disk):
         await store.wait_durable("s1", 10)
 
 
+async def test_what_a_commit_in_flight_holds_counts_as_queued(path, disk):
+    """Congestion begins at the mark also where nearly all is in the batches that are being written."""
+    store = SQLiteStore(path, commit_interval_s=0, commit_bytes=1 << 20, high_water_bytes=2 << 20)
+    async with opened(store):
+        disk.writes.clear()
+        store.create(head("s1"))
+        store.append("s1", events(1, 2, size=1_000_000))
+        await until(lambda: not store._queue)
+        assert not store.congested
+        store.append("s1", events(3, 3, size=100_000))
+        assert store.congested
+        disk.writes.set()
+        await store.wait_flow()
+
+
 # --- a failing disk --------------------------------------------------------------------------------------------------
 
 
