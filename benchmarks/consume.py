@@ -166,10 +166,12 @@ async def ours_without_journal(target: Target, tally: Tally, run) -> None:
         try:
             sink = _Count(tally)
             reader = BodyReader(OPENAI_CHAT, sink)
-            while not sink.sealed:
-                data = await exchange.receive()
-                assert data, "the flood ended early"
+
+            def take(data: bytes) -> bool:
                 reader.feed(data)
+                return not sink.sealed
+
+            assert await exchange.pump(take), "the flood ended early"
         finally:
             exchange.abort()
 

@@ -59,8 +59,11 @@ class Sink(Protocol):
         """Whether it has been decided how the stream ends. Nothing is appended after that."""
         ...
 
-    def append(self, payload: bytes, name: str, deltas: tuple[Delta, ...]) -> None:
-        """Take one wire event: its payload, its name where it is not the default (else ""), and what it means."""
+    def append(self, payload: bytes, name: str, deltas: tuple[Delta, ...]) -> bool | None:
+        """Take one wire event: its payload, its name where it is not the default (else ""), and what it means.
+
+        True if the sink is sealed by it.
+        """
         ...
 
     def skip(self, payload: bytes, why: str) -> None:
@@ -395,9 +398,10 @@ class BodyReader:
         append = sink.append
         read = self._reader.read
         meant = False
+        sealed: bool | None = sink.sealed
         last_id = self._event_id
         for event in events:
-            if sink.sealed:
+            if sealed:
                 self._event_id = last_id or ""
                 break
             data = event.data
@@ -407,9 +411,10 @@ class BodyReader:
                 deltas = read(data, name)
             except UnparseableError as exc:
                 self._skip(data, str(exc))
+                sealed = sink.sealed
                 continue
             self.events += 1
-            append(data, "" if name == "message" else name, deltas)
+            sealed = append(data, "" if name == "message" else name, deltas)
             if self._marked and self._reader.ending() is None:
                 self._marked = False
                 sink.mark(None)
@@ -417,6 +422,7 @@ class BodyReader:
                 meant = True
                 if delta.finish_reason is not None or delta.terminal or delta.fault is not None:
                     self._conclude(deltas)
+                    sealed = sink.sealed
                     break
         return meant
 

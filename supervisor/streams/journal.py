@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import attrs
 import msgspec
@@ -140,12 +141,13 @@ class Journal:
         """Put an event into the tail. Raises StreamSealedError once the stream is sealed, ConfigurationError if it is too big."""
         if self._sealed:
             raise StreamSealedError(self.stream_id)
-        if len(payload) > self._max_event_bytes:
-            expected = f"at most {self._max_event_bytes} bytes (Limits.max_event_bytes), not {len(payload)}"
+        size = len(payload)
+        if size > self._max_event_bytes:
+            expected = f"at most {self._max_event_bytes} bytes (Limits.max_event_bytes), not {size}"
             raise ConfigurationError("event", payload[:64], expected)
         tail = self._tail
         tail.append(Event(self.epoch, self._first + len(tail), at, kind, payload, name, text))
-        self.tail_bytes += len(payload) + len(name) + len(text) + EVENT_OVERHEAD_BYTES
+        self.tail_bytes += size + len(name) + len(text) + EVENT_OVERHEAD_BYTES
         self._unpublished += 1
 
     def publish(self) -> bool:
@@ -256,15 +258,13 @@ class Journal:
 
     def _trim(self) -> None:
         """Let go of events, to a little less than the limits so that not every event has to."""
-        durable = self._store.durable_seq(self.stream_id)
         tail, drop, freed = self._tail, 0, 0
-        most, most_bytes = self._trim_events, self._trim_bytes
-        while (
-            drop < len(tail) - 1
-            and tail[drop].seq <= durable
-            and (len(tail) - drop > most or self.tail_bytes - freed > most_bytes)
-        ):
-            freed += tail[drop].nbytes
+        over, over_bytes = len(tail) - self._trim_events, self.tail_bytes - self._trim_bytes
+        durable = self._store.durable_seq(self.stream_id) + 1 - self._first
+        for event in islice(tail, max(0, min(durable, len(tail) - 1))):
+            if drop >= over and freed >= over_bytes:
+                break
+            freed += len(event.payload) + len(event.name) + len(event.text) + EVENT_OVERHEAD_BYTES
             drop += 1
         del tail[:drop]
         self._first += drop

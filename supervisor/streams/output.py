@@ -183,8 +183,8 @@ class Output:
 
     def append(self, payload: bytes, name: str, deltas: tuple[Delta, ...]) -> None:
         """Add one wire event and fold its deltas. Not published before `flush`. Raises StreamSealedError once sealed."""
-        stream = self._stream
-        if not self._streaming:
+        begins = not self._streaming
+        if begins:
             if self._withdraws:
                 self._withdraw()
             elif self._joins is not None:
@@ -201,10 +201,10 @@ class Output:
                 self._fold.apply(delta)
         if self._undurable is not None:
             self._undurable.append((self._journal.tail_seq, deltas))
-        if not self._streaming:
+        if begins:
             self._streaming = self._begun = True
-            stream._enter(State.STREAMING, "idle")  # noqa: SLF001
-        stream._events += 1  # noqa: SLF001
+            self._stream._enter(State.STREAMING, "idle")  # noqa: SLF001
+        self._stream._events += 1  # noqa: SLF001
 
     def skip(self, payload: bytes, why: str) -> None:
         """Count and journal a payload that could not be read."""

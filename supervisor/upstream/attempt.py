@@ -108,7 +108,7 @@ class Attempt:
         self._first_event_id = first_event_id
         self.on_begun = on_begun
         """Called when the first event has come."""
-        self.append: Callable[[bytes, str, tuple[Delta, ...]], None] = self._append
+        self.append: Callable[[bytes, str, tuple[Delta, ...]], bool | None] = self._append
         """Takes one wire event: once the answer has begun and there is no credential to look for, the stream's output itself."""
         self.failed: tuple[str, Fault] | None = None
         self.connected = False

@@ -59,7 +59,7 @@ class RecordingSink:
     def snapshot(self) -> Snapshot:
         return self.fold.snapshot()
 
-    def append(self, payload: bytes, name: str, deltas: tuple[Delta, ...]) -> None:
+    def append(self, payload: bytes, name: str, deltas: tuple[Delta, ...]) -> bool:
         assert not self.sealed
         self.payloads.append(payload)
         self.names.append(name)
@@ -67,6 +67,7 @@ class RecordingSink:
             self.fold.apply(delta)
         if len(self.payloads) == self._seal_after:
             self._seal("expired", "reaped_bytes", None)
+        return self.sealed
 
     def skip(self, payload: bytes, why: str) -> None:
         assert not self.sealed
