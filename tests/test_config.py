@@ -207,6 +207,13 @@ def test_what_an_upstream_may_do_when_it_fails() -> None:
         ("[limits]\nmax_live = true", ["[limits] max_live", "True", "a whole number"]),
         ("[limits]\nmax_live = 1.5", ["[limits] max_live", "1.5", "a whole number"]),
         ("[limits]\nwhen_full = 'drop'", ["[limits] when_full", "'drop'", "'reap_oldest'"]),
+        ("[memory]\ngroups = 3", ["[memory] groups", "3", "[[memory.groups]]"]),
+        ("[[memory.groups]]\nmax_count = 3", ["[memory.groups[0]] labels", "a tenant"]),
+        (
+            "[[memory.groups]]\ntenant = '*'\nmax_cuont = 3",
+            ["[memory.groups[0]]", "max_cuont", "'max_count'"],
+        ),
+        ("[[memory.groups]]\nlabels = {user = 3}\nmax_count = 1", ["labels", "a table of strings"]),
         ("[deadlines]\nidle_s = -1", ["[deadlines] idle_s", "-1"]),
         ("[deadlines]\nidle_s = inf", ["[deadlines] idle_s", "inf"]),
         ("[deadlines]\nidle_s = 'never'", ["[deadlines] idle_s", "'never'", '"none"']),

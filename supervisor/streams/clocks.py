@@ -115,8 +115,11 @@ class LazyHeap(Generic[T]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def arm(self, item: T, due: float) -> bool:
-        """Look at `item` by `due`, if no earlier look is promised. True if the earliest time of all may have changed."""
+    def arm(self, item: T, due: float, rank: int = 0) -> bool:
+        """Look at `item` by `due`, if no earlier look is promised. True if the earliest time of all may have changed.
+
+        Of those due at the same time the one of the lowest `rank` is first, and among equals the one that was armed first.
+        """
         entry = self._entries.get(item)
         if entry is not None:
             if entry[0] <= due:  # type: ignore[operator]  # entry[0] is the time
@@ -124,7 +127,7 @@ class LazyHeap(Generic[T]):
             self._kill(entry)
         if due == _NEVER:
             return False
-        entry = [due, next(self._order), item]
+        entry = [due, rank, next(self._order), item]
         self._entries[item] = entry
         heapq.heappush(self._heap, entry)
         return self._heap[0] is entry
@@ -135,13 +138,13 @@ class LazyHeap(Generic[T]):
         if entry is not None:
             self._kill(entry)
             if self._dead > 64 and self._dead * 2 > len(self._heap):
-                self._heap = [live for live in self._heap if live[2] is not None]
+                self._heap = [live for live in self._heap if live[3] is not None]
                 heapq.heapify(self._heap)
                 self._dead = 0
 
     def next_due(self) -> float:
         """Return the earliest time at which something is to be looked at; infinity if nothing is."""
-        while self._heap and self._heap[0][2] is None:
+        while self._heap and self._heap[0][3] is None:
             heapq.heappop(self._heap)
             self._dead -= 1
         return self._heap[0][0] if self._heap else _NEVER  # type: ignore[return-value]  # the time
@@ -149,12 +152,12 @@ class LazyHeap(Generic[T]):
     def pop_due(self, now: float) -> Iterator[T]:
         """Yield the items whose time has come, earliest first; each must be armed again to be looked at again."""
         while self.next_due() <= now:
-            item: T = heapq.heappop(self._heap)[2]  # type: ignore[assignment]  # a live entry holds its item
+            item: T = heapq.heappop(self._heap)[3]  # type: ignore[assignment]  # a live entry holds its item
             del self._entries[item]
             yield item
 
     def _kill(self, entry: list[float | int | T | None]) -> None:
-        entry[2] = None
+        entry[3] = None
         self._dead += 1
 
 

@@ -238,7 +238,7 @@ class MemoryManager:
         self.live.add(stream)
         stream.pools = (self.live, *self._pools.join(stream, stream.spec))
         if self._policy.stale_s is not None:
-            self._stale.arm(stream, stream.last_event_at + self._policy.stale_s)
+            self._stale.arm(stream, stream.last_event_at + self._policy.stale_s, stream.number)
         stream.note_at = min(HEAVY_BYTES, self._stream_alarm)
         if stream.bytes_held > stream.note_at:
             self.note(stream)
@@ -499,19 +499,24 @@ class MemoryManager:
         limit = self._policy.stale_s
         if limit is None:
             return
+        seen: set[Stream] = set()
         due: list[Stream] = []
         try:
             for stream in self._stale.pop_due(now):
-                self._looked_at += 1
+                if stream not in seen:  # at the time it was armed for, which may be before its own: it will come again at that
+                    self._looked_at += 1
+                    seen.add(stream)
+                    self._stale.arm(stream, stream.last_event_at + limit, stream.number)
+                    continue
                 due.append(stream)
-                idle = now - stream.last_event_at
-                if idle >= limit and stream.id not in plan.gone:
+                if stream.id not in plan.gone:
                     plan.reap(stream)
+                    idle = now - stream.last_event_at
                     message = f"stale_s: no event for {idle:.3f} s; the limit is {limit:g} s"
                     yield Act(stream, "reaped_stale", message)
         finally:
-            for stream in due:  # those that are to go, too: until they have
-                self._stale.arm(stream, stream.last_event_at + limit)
+            for stream in due:  # until they have gone
+                self._stale.arm(stream, stream.last_event_at + limit, stream.number)
 
     def _by_own_bytes(self, plan: _Plan) -> Iterator[Act]:
         for stream in tuple(self._oversize.values()):

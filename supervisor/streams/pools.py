@@ -30,7 +30,6 @@ HEAVY_BYTES = 16 << 10
 """A stream that holds less has too little to spill."""
 NEVER = 1 << 62
 """More bytes than there are."""
-_MOST_READERS = 1 << 12  # that make a difference
 
 
 @attrs.frozen
@@ -101,7 +100,7 @@ class Pool:
         """Take note that a stream has more or fewer readers."""
         if self._by_watchers is not None:
             self._by_watchers.discard(stream)
-            self._by_watchers.arm(stream, min(stream.readers, _MOST_READERS) * 2.0**40 + stream.number)
+            self._by_watchers.arm(stream, stream.readers, stream.number)
 
     def first(self, action: str, skip: Container[str], count: int) -> list[Stream]:
         """Return the `count` that are to go first, in turn, leaving out `skip`."""

@@ -465,9 +465,15 @@ async def test_operations() -> None:
     """Stats, health, reap, drain and shutdown do what they say; after a drain a start is refused as temporary."""
     async with open_scene() as scene:
         peer = await scene.peer()
-        await peer.call("stream.start", upstream="forever", request={})
+        started = (await peer.call("stream.start", upstream="forever", request={}, tenant="t"))["result"]
+        told = (await peer.call("stream.get", id=started["id"]))["result"]
         stats = (await peer.call("supervisor.stats"))["result"]
         assert (stats["supervisor"]["live"], stats["control"]["connections"]) == (1, 1)
+        assert told["tenant"] == "t"
+        assert told["bytes_held"] >= told["tail_bytes"] >= told["pending_bytes"] >= 0
+        memory = stats["supervisor"]["memory"]
+        assert memory["tenants"] == {"t": {"live": 1, "bytes_held": memory["bytes_held"]}}
+        assert memory["beside"]["connections"] == stats["control"]["bytes_held"]
         report = (await peer.call("supervisor.reap", dry_run=True))["result"]
         assert (report["dry_run"], report["live"], report["reaped"]) == (True, 1, [])
         assert (await peer.call("supervisor.drain", timeout_s=0))["result"]["live"] == 1
