@@ -503,7 +503,8 @@ class MemoryManager:
         due: list[Stream] = []
         try:
             for stream in self._stale.pop_due(now):
-                if stream not in seen:  # it may have been armed for a time before its own, at which it comes again
+                if stream not in seen:
+                    # It may have been armed for a time before its own, at which it comes again.
                     self._looked_at += 1
                     seen.add(stream)
                     self._stale.arm(stream, stream.last_event_at + limit, stream.number)
