@@ -280,8 +280,11 @@ class Journal:
     @property
     def visible_epoch(self) -> int:
         """The epoch of the last event a reader may see: a new one may have begun that is not durable yet."""
-        visible = self.visible_seq
-        return next((epoch for epoch, first in reversed(self.epoch_starts) if first <= visible), 1)
+        return self.cursor_at(self.visible_seq).epoch
+
+    def cursor_at(self, seq: int) -> Cursor:
+        """Return the position after an event: with the epoch that the event was of."""
+        return Cursor(next((epoch for epoch, first in reversed(self.epoch_starts) if first <= seq), 1), seq)
 
     def check(self, cursor: Cursor) -> None:
         """Raise GapError unless the cursor's position is part of this history."""

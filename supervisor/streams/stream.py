@@ -329,12 +329,16 @@ class Stream:
             outcome=outcome,
         )
 
-    def subscribe(self, after: After = "start", *, max_batch: int = 256) -> Subscription:
+    def subscribe(
+        self, after: After = "start", *, max_batch: int = 256, max_behind: int | None = None
+    ) -> Subscription:
         """Read the stream from a position: `"start"`, `"tail"` (only what is new), `"snapshot"`, or after a `Cursor`.
 
-        Raises GapError if the cursor is not part of this stream's history. Does not block; enter the result to read.
+        A reader that is more than `max_behind` events behind gets one `snapshot` event in place of them; with None it gets all
+        events, however many. Raises GapError if the cursor is not part of this stream's history. Does not block; enter the
+        result to read.
         """
-        return Subscription(self, self._journal, after, max_batch=max_batch)
+        return Subscription(self, self._journal, after, max_batch=max_batch, max_behind=max_behind)
 
     async def wait(self) -> Outcome:
         """Wait for the outcome. Raises StoreError if it could not be made durable. Cancelling the wait stops nothing."""

@@ -3,18 +3,27 @@
 A subscription is a position and, while it is entered, a reader that counts for `on_detach`. It holds no events. The same
 object serves a program's `async for` and the pump of a control connection that reads hundreds of streams in one task
 (`take_nowait` and `wake`).
+
+**Far behind.** Whoever wants the answer rather than each step on the way to it says how many events it will catch up on
+(`max_behind`). Further behind than that, it is given one event in place of all that it missed: a `snapshot`, the fold up to a
+position from which the events go on. It takes the outcome from nobody: that stays the last event, by itself. Such an event is
+made for its reader and is in no journal.
 """
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
+import attrs
+import msgspec
 import trio
 
 from supervisor.dialects import Snapshot
-from supervisor.errors import ConfigurationError
+from supervisor.errors import ConfigurationError, GapError
 from supervisor.stores.base import Event
 from supervisor.streams.journal import Cursor, Journal
 
@@ -33,10 +42,16 @@ class Subscription:
     it never cancels the stream, except through the stream's own `on_detach`.
     """
 
-    def __init__(self, stream: Stream, journal: Journal, after: After, *, max_batch: int) -> None:
+    def __init__(
+        self, stream: Stream, journal: Journal, after: After, *, max_batch: int, max_behind: int | None = None
+    ) -> None:
+        if max_behind is not None and max_behind < 1:
+            raise ConfigurationError("max_behind", max_behind, "a whole number, 1 or more, or None")
         self._stream = stream
         self._journal = journal
         self._max_batch = max_batch
+        self.max_behind = max_behind
+        """How many events behind it may be before it is given a snapshot in place of them; None: as many as there are."""
         self._entered = False
         self._closed = False
         self._buffer: Sequence[Event] = ()
@@ -118,6 +133,11 @@ class Subscription:
         """The position of the last event that a reader may see now."""
         return self._journal.visible_seq
 
+    @property
+    def far_behind(self) -> bool:
+        """Whether a snapshot comes next, for being more than `max_behind` events behind."""
+        return self.max_behind is not None and self._journal.visible_seq - self.seq > self.max_behind
+
     def take_nowait(self, max_events: int | None = None) -> Sequence[Event] | None:
         """Take what is in memory after the cursor: `()` if nothing is new, None if it must be read with `next_batch`.
 
@@ -131,6 +151,8 @@ class Subscription:
     def peek_nowait(self, max_events: int | None = None) -> Sequence[Event] | None:
         """Return what `take_nowait` would take, and leave the cursor where it is. Raises as it does."""
         self._check_entered()
+        if self.max_behind is not None and self.far_behind and not self._closed:
+            return None
         batch = self._journal.take(self.seq, max_events or self._max_batch)
         if not batch and batch is not None and self._journal.failure is not None and not self._closed:
             raise self._journal.failure
@@ -144,7 +166,7 @@ class Subscription:
     async def next_batch(self, max_events: int | None = None) -> Sequence[Event]:
         """Wait for the next events, at least one; `()` only after the outcome (or `close`).
 
-        Raises GapError if history after the cursor is gone, StoreError if the outcome could not be recorded. A checkpoint;
+        One that is a `snapshot` comes alone. Raises GapError if history after the cursor is gone, StoreError if the outcome could not be recorded. A checkpoint;
         a cancel takes no event.
         """
         limit = max_events or self._max_batch
@@ -152,12 +174,42 @@ class Subscription:
             await trio.lowlevel.checkpoint()
             batch = self.take_nowait(limit)
             if batch is None:
-                batch = await self._journal.fetch(Cursor(self._epoch, self.seq), limit)
+                batch = await self._fetch(limit)
                 self.advance(batch[-1].epoch, batch[-1].seq)
             if batch or self.at_end or self._closed:
                 return batch
             self._arrived = trio.Event()
             await self._arrived.wait()
+
+    async def _fetch(self, limit: int) -> Sequence[Event]:
+        """Read what is not in memory, or make a snapshot where that was asked for and is wanted or is all there is."""
+        cursor = Cursor(self._epoch, self.seq)
+        if not self.far_behind:
+            try:
+                return await self._journal.fetch(cursor, limit)
+            except GapError:
+                if self.max_behind is None:
+                    raise
+        jump = await self._jump()
+        return await self._journal.fetch(cursor, limit) if jump is None else (jump,)
+
+    async def _jump(self) -> Event | None:
+        """Return the `snapshot` event that leads on from here; None if there is none."""
+        try:
+            shot = await self._stream.read_snapshot()
+        except GapError:  # a part of what it would be made of is gone
+            return None
+        journal, at = self._journal, Cursor(shot.epoch, shot.seq)
+        if journal.closed and at.seq == journal.published_seq:
+            at = journal.cursor_at(at.seq - 1)  # the outcome is to follow
+            shot = attrs.evolve(shot, epoch=at.epoch, seq=at.seq)
+        if at.seq <= self.seq:
+            return None
+        try:
+            payload = msgspec.json.encode(shot)
+        except UnicodeEncodeError:  # half a surrogate pair in a text of a program's own
+            payload = json.dumps(msgspec.to_builtins(shot), ensure_ascii=False).encode("utf-8", "replace")
+        return Event(at.epoch, at.seq, time.time(), "snapshot", payload, text=shot.text)
 
     def __aiter__(self) -> Self:
         return self
