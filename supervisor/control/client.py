@@ -287,15 +287,20 @@ class ControlClient:
         after: After = "start",
         view: View = "events",
         window: int = 1024,
+        max_behind: int | None = None,
         resume: bool = True,
     ) -> EventStream:
         """Watch a stream from a position on: `async with client.subscribe(id) as events: async for event in events: …`.
 
-        At most `window` events are held here at any time. `resume=False`: a lost connection ends the iteration with
+        At most `window` events are held here at any time. With `max_behind`, whenever the iteration is more than that many events
+        behind what the server has sent for, the server sends one `snapshot` event in place of what was missed: its `snapshot` has
+        the whole answer so far. `resume=False`: a lost connection ends the iteration with
         ControlClosedError even where the client reconnects.
         """
         place = {"epoch": after.epoch, "seq": after.seq} if isinstance(after, Cursor) else after
-        params = _params(SubscribeParams, id=stream_id, key=key, after=place, view=view)
+        params = _params(
+            SubscribeParams, id=stream_id, key=key, after=place, view=view, max_behind=max_behind
+        )
         return EventStream(self, params, window=window, resume=resume)
 
     async def wait(

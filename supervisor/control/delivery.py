@@ -65,7 +65,7 @@ class SessionLimits:
     max_fetches: int = 4
     """Batches of one connection read from the store at the same time."""
     max_large_replies: int = 2
-    """Replies of one connection that may be large (snapshots, lists, what a reap would do) being made at the same time; none is begun before the outbox has room."""
+    """Replies of one connection that may be large (snapshots, lists, what a reap would do), and snapshots for its subscriptions, being made at the same time; none is begun before the outbox has room."""
     batch_reply_bytes: int = 1 << 20
     """Replies to one batch; past it, calls in it whose reply may be large are refused, to be made one by one."""
 
@@ -93,6 +93,8 @@ class Watch:
     text: bool
     credit: int
     prefix: bytes
+    alike: bool
+    """Whether what others are sent from the same place is right for it too: not for one that may be owed a snapshot."""
     active: bool = False
     """Whether the reply to `stream.subscribe` has been queued: nothing may be sent before it."""
     fetching: bool = False
@@ -232,6 +234,7 @@ class Deliveries:
                     events.seq != after
                     or watch.text is not text
                     or watch.credit <= count
+                    or not watch.alike
                     or delivery.frames
                     or delivery.behind
                     or not delivery.outbox.has_room
@@ -268,6 +271,8 @@ class Deliveries:
         Raises StoreError if nothing more will come because the stream's outcome could not be recorded.
         """
         topic, events = watch.topic, watch.events
+        if not watch.alike and events.far_behind:
+            return None
         if topic.kept:
             kept = topic.kept.get((watch.text, events.seq))
             if kept is not None and kept.count <= watch.credit and (kept.full or kept.last == events.tail):
@@ -331,10 +336,13 @@ class Deliveries:
 class Delivery:
     """The subscriptions of one connection."""
 
-    def __init__(self, link: Link, limits: SessionLimits, deliveries: Deliveries) -> None:
+    def __init__(
+        self, link: Link, limits: SessionLimits, deliveries: Deliveries, large: trio.Semaphore
+    ) -> None:
         self._link = link
         self._limits = limits
         self._deliveries = deliveries
+        self._large = large  # the connection's turns to make what may be large
         self._watches: dict[str, Watch] = {}
         self._next_sub = 0
         self._fetches = trio.Semaphore(limits.max_fetches)
@@ -387,6 +395,7 @@ class Delivery:
             text=text,
             credit=min(credit, self._limits.max_credit),
             prefix=sub_prefix(sub),
+            alike=events.max_behind is None,
         )
         self._watches[sub] = watch
         return watch
@@ -523,15 +532,21 @@ class Delivery:
                 watch.scopes.discard(scope)
 
     async def _fetch(self, watch: Watch) -> None:
-        """Read one batch of a subscription from the store and queue it."""
+        """Read one batch of a subscription from the store, or make it a snapshot, and queue it."""
         limits = self._limits
-        async with self._fetches:
+        may_be_large = not watch.alike
+        async with self._large if may_be_large else self._fetches:
+            if may_be_large:
+                await self.outbox.wait_room()  # what is not begun before holds nothing, and is of now
+            sent = watch.events.cursor
             events: Sequence[Event] = await watch.events.next_batch(
                 min(watch.credit, limits.notification_events)
             )
+            watch.events.advance(sent.epoch, sent.seq)  # what is read is not sent: it may be given up yet
             while events:
                 part = cut(events, limits.notification_events, limits.notification_bytes)
                 await self.outbox.put_made(partial(self._made, watch, part))
+                watch.events.advance(part[-1].epoch, part[-1].seq)
                 watch.credit = max(0, watch.credit - len(part))
                 events = events[len(part) :]
         watch.fetching = False
@@ -541,7 +556,14 @@ class Delivery:
             self._put_in_step(watch)
 
     def _made(self, watch: Watch, events: Sequence[Event]) -> bytes:
-        return Batch.of(events, text=watch.text, full=True).frame(watch.prefix)
+        if events[0].kind == "snapshot":
+            stream = watch.topic.stream
+            batch = Batch.of_snapshot(
+                events[0], after=watch.events.seq, stream_id=stream.id, state=str(stream.state)
+            )
+        else:
+            batch = Batch.of(events, text=watch.text, full=True)
+        return batch.frame(watch.prefix)
 
     async def _settle(self, watch: Watch) -> None:
         """Follow a stream that is ending: if its outcome cannot be recorded there will be no last event to send."""

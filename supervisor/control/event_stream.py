@@ -1,7 +1,8 @@
 """A subscription, seen from the client: events in order, credit granted as they are consumed, the place kept for a resume.
 
 What has been received and not consumed never exceeds the window: the credit granted is the window less what is held. Credit
-is counted in journal events, in either view, and is given back when all of a notification has been handed out.
+is counted in journal events, in either view, and is given back when all of a notification has been handed out. A snapshot that
+the server sends in place of many events counts as one.
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
     from supervisor.control.client import ControlClient
 
 __all__ = ["EventStream", "payload_of"]
+
+
+def _cost(notification: EventsNotification) -> int:
+    """Return what a notification costs in credit."""
+    if notification.events and notification.events[0].kind == "snapshot":
+        return 1
+    return notification.last - notification.first + 1
 
 
 def payload_of(event: EventMessage) -> bytes:
@@ -119,7 +127,7 @@ class EventStream:
             if self._notifications:
                 notification = self._notifications.popleft()
                 self._current = iter(notification.events)
-                self._current_cost = notification.last - notification.first + 1
+                self._current_cost = _cost(notification)
                 self._epoch = notification.epoch
             elif self._error is not None:
                 raise self._error
@@ -163,7 +171,7 @@ class EventStream:
     def take(self, notification: EventsNotification) -> None:
         """Take events."""
         self._received = Cursor(notification.epoch, notification.last)
-        self._held += notification.last - notification.first + 1
+        self._held += _cost(notification)
         self._notifications.append(notification)
         self._arrived.set()
 

@@ -539,7 +539,7 @@ class Link:
         """
         with trio.move_on_after(self._left_s, shield=True):
             try:
-                rest = self._taken + self.outbox.take_nowait()
+                rest, self._taken = self._taken + self.outbox.take_nowait(), b""
                 if rest or self._guard.unfinished:
                     await self._guard.send_frames(rest)
             except (trio.BrokenResourceError, trio.ClosedResourceError):

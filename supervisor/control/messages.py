@@ -303,6 +303,8 @@ class SubscribeParams(StreamParams, frozen=True, kw_only=True):
     after: CursorMessage | Literal["start", "tail", "snapshot"] = "start"
     view: Literal["events", "text"] = "events"
     credit: Count = 256
+    max_behind: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
+    """Further behind than so many events, be sent one `snapshot` event in place of them. Null: be sent all, however many."""
 
 
 class CreditParams(_Params, frozen=True, kw_only=True):
@@ -511,17 +513,20 @@ class EventMessage(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     is not UTF-8. In the view `text`, `data` events are replaced by `text` events that join the text of the events `first`
     to `last`. `attempt`, `withdrawn`, `skipped` and `note` carry `details`; after `withdrawn` the answer begins anew, as what was
     received before is no longer part of it. `outcome` is always the last and carries the outcome.
+
+    A `snapshot` event is sent only where it was asked for, with `max_behind` of `stream.subscribe`: in place of the events `first`
+    to `last`, it carries the whole answer up to `last`, which takes the place of all that was received before.
     """
 
     kind: str
     at: float
-    """When it was recorded; of a `text` event: when its last part was."""
+    """When it was recorded; of a `text` event: when its last part was; of a `snapshot`: when it was made."""
     seq: int = 0
-    """Its position; of a `text` event: that of its last part."""
+    """Its position; of a `text` event: that of its last part; of a `snapshot`: `last`."""
     first: int = 0
-    """Only in `text` events: the first position it covers."""
+    """Only in `text` and `snapshot` events: the first position it covers."""
     last: int = 0
-    """Only in `text` events: the last position it covers."""
+    """Only in `text` and `snapshot` events: the last position it covers."""
     name: str = ""
     """The wire's event name where it is not the default."""
     data: str | None = None
@@ -530,10 +535,14 @@ class EventMessage(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     """The text the event adds to the answer (choice 0)."""
     details: dict[str, Any] | None = None
     outcome: dict[str, Any] | None = None
+    snapshot: SnapshotMessage | None = None
 
 
 class EventsNotification(_Result, frozen=True, kw_only=True):
-    """The events `first` to `last` of a subscription, with no gap since the one before; costs `last - first + 1` credit."""
+    """The events `first` to `last` of a subscription, with no gap since the one before; costs `last - first + 1` credit.
+
+    A `snapshot` event comes alone, and costs 1.
+    """
 
     sub: str
     epoch: int

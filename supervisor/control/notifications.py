@@ -21,7 +21,7 @@ import attrs
 import msgspec
 
 from supervisor.control.frames import OP_TEXT, build_head
-from supervisor.control.messages import EventMessage
+from supervisor.control.messages import EventMessage, SnapshotMessage
 from supervisor.stores import Event
 
 __all__ = ["NOTHING", "Batch", "cut", "encode_events", "encode_text", "sub_prefix"]
@@ -145,6 +145,27 @@ class Batch:
             encoded,
         )
         return cls(first.seq - 1, text, first.epoch, last.seq, full, rest)
+
+    @classmethod
+    def of_snapshot(cls, event: Event, *, after: int, stream_id: str, state: str) -> Batch:
+        """Encode a `snapshot` event, which stands for all events after a position: it is no part of the journal."""
+        # Our own JSON, as in `_event_message`, with what a snapshot of the channel tells beside.
+        told = b'{"id":%b,"state":%b,%b' % (_encode(stream_id), _encode(state), event.payload[1:])
+        message = EventMessage(
+            kind="snapshot",
+            at=event.at,
+            seq=event.seq,
+            first=after + 1,
+            last=event.seq,
+            snapshot=cast("SnapshotMessage", msgspec.Raw(told)),
+        )
+        rest = b'","epoch":%d,"first":%d,"last":%d,"events":%b}}' % (
+            event.epoch,
+            after + 1,
+            event.seq,
+            _encode([message]),
+        )
+        return cls(after=after, text=True, epoch=event.epoch, last=event.seq, full=True, rest=rest)
 
     @property
     def count(self) -> int:

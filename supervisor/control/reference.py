@@ -56,7 +56,15 @@ origin is configured, so no web page can connect by default. A refusal is HTTP 4
 `last - first + 1` credit, in either view; grant more with `stream.credit`. The outcome is the last event of a stream, and ends the
 subscription. If `from` equals `tail` and `state` is a terminal one, it has been read already and nothing will follow.
 To resume after a lost connection, subscribe after `(epoch, last)` of the last notification. Where retention has removed what
-follows, the error or the notification `stream.gap` says what can still be read.
+follows, the error or the notification `stream.gap` says what can still be read (`earliest`, `tail`), and ends the subscription.
+
+**Slow readers.** A subscription holds no events, only its position: without credit, or while its connection takes nothing, it stands
+still, and goes on from there. The view `text` joins what has been missed, one event for a whole notification. Who wants the answer
+rather than each step on the way says `max_behind`: further behind than that, it is sent one `snapshot` event in place of them
+all, which replaces what it had received; the events go on after it, the outcome last. A snapshot is sent in place of a gap too.
+A connection that takes nothing for `stall_s` is given up (4001), and what waited for it is let go of at once; its
+subscriptions end, so that `on_detach` counts from there. As it is not read, it mostly cannot be told why: a connection that is
+cut without a Close frame (1006) is to be made again like one closed with 4000 to 4499.
 
 **Leaving** ends the connection's subscriptions and nothing else: a stream goes on, unless it was started with `on_detach`.
 

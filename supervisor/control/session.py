@@ -138,8 +138,8 @@ class Session:
         self._supervisor: Supervisor = host.supervisor
         self._limits: SessionLimits = host.limits.session
         self._client = ""
-        self._delivery = Delivery(link, self._limits, host.deliveries)
         self._turns = trio.Semaphore(self._limits.max_large_replies)
+        self._delivery = Delivery(link, self._limits, host.deliveries, self._turns)
         self._pending = 0
         self._cancellable: dict[bytes, trio.CancelScope] = {}
         self._nursery: trio.Nursery
@@ -422,7 +422,7 @@ class Session:
             self._check_subscriptions()
             snapshot = _snapshot_message(stream, folded)
             place = Cursor(folded.epoch, folded.seq)
-        events = stream.subscribe(place)
+        events = stream.subscribe(place, max_behind=params.max_behind)
         events.__enter__()  # left when the delivery drops it, which `run` guarantees
         watch = self._delivery.add(stream, events, text=params.view == "text", credit=params.credit)
         result = SubscribeResult(
