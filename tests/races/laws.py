@@ -18,6 +18,7 @@ from supervisor import (
     Limits,
     MemoryPolicy,
     MemoryStore,
+    OnDetach,
     Outcome,
     State,
     Stream,
@@ -25,7 +26,7 @@ from supervisor import (
     open_supervisor,
 )
 from supervisor.stores import Event
-from supervisor.streams import TERMINAL_STATES, CancelResult
+from supervisor.streams import TERMINAL_STATES, CancelResult, Subscription
 
 INSTANT = 1.0
 """The moment, in virtual seconds, at which everything happens at once."""
@@ -85,6 +86,8 @@ class Race:
     seen: Seen
     parent: trio.CancelScope
     lead: int = 0
+    keeper: Subscription | None = None
+    """A reader from the first moment on, where there is an `on_detach`: it does not read, and leaves when it is closed."""
 
     async def the_instant(self) -> None:
         """Wait for it, and for the steps that the source is ahead."""
@@ -234,6 +237,7 @@ async def run_race(
     waiters: int = 1,
     lead: int = 0,
     deadlines: Deadlines | None = None,
+    on_detach: OnDetach | None = None,
     check: Callable[[Race], None] | None = None,
 ) -> None:
     """Run one race under the scheduling order in force, and check the laws.
@@ -256,8 +260,11 @@ async def run_race(
                 source_that(ends, wire, lag) if isinstance(ends, str) else ends(wire, lag),
                 key="k",
                 deadlines=deadlines or Deadlines(first_event_s=None, idle_s=None, total_s=900),
+                on_detach=on_detach or OnDetach(),
             ).stream
             race = Race(sup, stream, store, wire, Seen(), parent, max(0, lead))
+            if on_detach is not None:
+                race.keeper = stream.subscribe().__enter__()
             await trio.testing.wait_all_tasks_blocked()
             async with trio.open_nursery() as nursery:
                 for task in [*[Race.read] * readers, *[Race.wait] * waiters, *contenders]:
