@@ -293,7 +293,7 @@ class Stalls(trio.abc.Instrument):
             self.longest_s = max(self.longest_s, time.perf_counter() - self.returned)
 
 
-async def _start_all(start: Callable[[int], Any], live: Callable[[int], bool], streams: int, start_s: float):
+async def start_all(start: Callable[[int], Any], live: Callable[[int], bool], streams: int, start_s: float):
     """Start streams, a few at a time; return how many came to life."""
     alive, waiting = 0, list[int]()
     give_up = trio.current_time() + start_s
@@ -322,7 +322,7 @@ async def _all_of_ours(given: dict[str, Any], target: consume.Target, stalls: St
             async def start(number: int) -> None:
                 streams.append(await sup.start(upstream.source(_body(number), transport=transport)))
 
-            alive = await _start_all(start, lambda n: streams[n].tail_seq > 1, count, given["start_s"])
+            alive = await start_all(start, lambda n: streams[n].tail_seq > 1, count, given["start_s"])
             await trio.sleep(given["settle_s"])
             at = time.monotonic()
             stalls.watching = True
@@ -345,7 +345,7 @@ async def _all_of_raw_trio(given: dict[str, Any], target: consume.Target, stalls
             async def start(number: int) -> None:
                 nursery.start_soon(consume_one, number)
 
-            told["live"] = await _start_all(
+            told["live"] = await start_all(
                 start, lambda n: tally.live > n, given["streams"], given["start_s"]
             )
             await trio.sleep(given["settle_s"])

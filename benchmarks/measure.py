@@ -64,12 +64,14 @@ class WorkerError(Exception):
 
 
 def raise_descriptor_limit(wanted: int = 16_384) -> int:
-    """Raise the soft limit of file descriptors as far as the hard one allows; return what there is now."""
+    """Raise the limit of file descriptors as far as this process may, the hard one too; return what there is now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        enough = hard if hard == resource.RLIM_INFINITY else max(hard, wanted)
+        for limits in ((wanted, enough), (min(wanted, enough, hard), hard)):
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                break
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
@@ -97,9 +99,17 @@ def machine() -> dict[str, Any]:
 
 
 def arguments(
-    description: str, *, rounds: int, parts: Mapping[str, Sequence[str]] | None = None
+    description: str,
+    *,
+    rounds: int,
+    parts: Mapping[str, Sequence[str]] | None = None,
+    numbers: Mapping[str, str] | None = None,
 ) -> argparse.Namespace:
-    """Parse the options that every benchmark has; `parts` are options to run a part of it: all there are, by name."""
+    """Parse the options that every benchmark has, and its own.
+
+    `parts` are options to run a part of it: all there are, by name. `numbers` are options that take a number: what for, by name; 0
+    if not given.
+    """
     parser = argparse.ArgumentParser(
         description=description.partition("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -115,6 +125,8 @@ def arguments(
         parser.add_argument(
             f"--{name}", metavar="NAME,…", default=",".join(every), help="only these; default %(default)s"
         )
+    for name, meaning in (numbers or {}).items():
+        parser.add_argument(f"--{name}", metavar="N", type=float, default=0, help=meaning)
     parser.add_argument("--worker", metavar="JSON", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.rounds = options.rounds or (1 if options.quick else rounds)

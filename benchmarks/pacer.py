@@ -4,8 +4,9 @@ The simulated upstream of `supervisor.testing` spends a task or two and ~100 µs
 it would be what is measured. This one sends prebuilt bytes, a few µs an event, and notices a close between any two slices
 of sends. It speaks just enough HTTP to be a streaming provider: POST anything, get an endless event stream, or GET
 `/report`. Of the request's JSON, `user` names the stream in the report, and `flood` (a number of events) has that many sent
-as fast as they are taken, followed by the end of the answer (an HTTP chunk for each, or with `bulk` for 256 at a time), and `stall` (likewise) makes it fall silent after so many. No
-faults, no other routes.
+as fast as they are taken, followed by the end of the answer (an HTTP chunk for each, or with `bulk` for 256 at a time; with `size`
+each has so many bytes of text), `stall` (likewise) makes it fall silent after so many, and with `stamp` the text of each paced
+event is the time at which it is sent, in seconds since the Unix epoch. No faults, no other routes.
 
 A paced event has an HTTP chunk and a send of its own, at its own time: the streams' phases are drawn at random (the same in
 every run), as those of independent providers would be, and a `timerfd` wakes the loop to the microsecond where an
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import heapq
 import json
 import os
@@ -60,6 +62,18 @@ def _event(delta: dict[str, str], finish_reason: str | None = None) -> bytes:
     return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
 
 
+@functools.cache
+def _events(size: int) -> list[bytes]:
+    return [_event({"content": f"w{number} ".ljust(size, ".")}) for number in range(_EVENTS_A_WRITE)]
+
+
+@functools.cache
+def _pieces(size: int, *, bulk: bool) -> bytes:
+    """Return what one write of a flood has."""
+    events = _events(size)
+    return _chunk(b"".join(events)) if bulk else b"".join(map(_chunk, events))
+
+
 class _Timer:
     """A file descriptor that is readable at a time: Linux's timerfd, which Python has since 3.13 only."""
 
@@ -81,7 +95,20 @@ class _Timer:
 
 
 class _Client:
-    __slots__ = ("at", "bulk", "due", "flood", "key", "received", "rest", "shaking", "sock", "stall")
+    __slots__ = (
+        "at",
+        "bulk",
+        "due",
+        "flood",
+        "key",
+        "received",
+        "rest",
+        "shaking",
+        "size",
+        "sock",
+        "stall",
+        "stamp",
+    )
 
     def __init__(self, sock: socket.socket, *, shaking: bool) -> None:
         self.sock = sock
@@ -93,6 +120,8 @@ class _Client:
         self.flood = -1
         """Events that are still to be sent in a flood; -1 in a paced stream."""
         self.bulk = False
+        self.size = 0
+        self.stamp = False
         self.stall = 0
         """After how many events a paced stream falls silent; 0 for never."""
         self.rest: bytes | memoryview = b""
@@ -105,9 +134,9 @@ class Pacer:
         self.interval = 1 / rate
         self.context = context
         self.coarse = coarse
-        events = [_event({"content": f"w{number} "}) for number in range(_EVENTS_A_WRITE)]
-        self.blocks = [_chunk(event) for event in events]
-        self.pieces = {False: b"".join(self.blocks), True: _chunk(b"".join(events))}
+        self.blocks = [_chunk(event) for event in _events(0)]
+        before, _, after = _chunk(_event({"content": f"{0:17.6f} "})).partition(b"%17.6f" % 0)
+        self.stamped = before + b"%17.6f" + after
         self.end = _chunk(_event({}, "stop") + b"data: [DONE]\n\n") + b"0\r\n\r\n"
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
         self.listener.setblocking(False)
@@ -117,6 +146,7 @@ class Pacer:
         self.order = 0
         self.closed: dict[str, float] = {}
         self.sent = self.late = self.behind = self.streaming = 0
+        self.worst_s = 0.0
         self.phases = random.Random(1)
 
     def run(self) -> None:
@@ -198,6 +228,8 @@ class Pacer:
         client.rest = _HEAD
         client.flood = int(request.get("flood", -1))
         client.bulk = bool(request.get("bulk", False))
+        client.size = int(request.get("size", 0))
+        client.stamp = bool(request.get("stamp", False))
         client.stall = int(request.get("stall", 0))
         if client.flood >= 0:
             self.poll.modify(fd, select.EPOLLIN | select.EPOLLOUT)
@@ -215,11 +247,15 @@ class Pacer:
             if client is not None and client.due == order:
                 if now - due > self.interval:
                     self.behind += 1
+                self.worst_s = max(self.worst_s, now - due)
                 self._send(fd, client, due)
 
     def _send(self, fd: int, client: _Client, due: float) -> None:
         """Send one event, and arrange for the next."""
-        data = client.rest + self.blocks[client.at % len(self.blocks)]
+        if client.stamp:
+            data = client.rest + self.stamped % time.time()
+        else:
+            data = client.rest + self.blocks[client.at % len(self.blocks)]
         client.at += 1
         try:
             done = client.sock.send(data)
@@ -248,9 +284,9 @@ class Pacer:
                 client.flood -= count
                 self.sent += count
                 if count == _EVENTS_A_WRITE:
-                    client.rest = memoryview(self.pieces[client.bulk])
+                    client.rest = memoryview(_pieces(client.size, bulk=client.bulk))
                 else:
-                    client.rest = b"".join(self.blocks[:count]) + self.end
+                    client.rest = b"".join(map(_chunk, _events(client.size)[:count])) + self.end
                     client.flood = -1
             client.rest = client.rest[client.sock.send(client.rest) :]
         except _NOT_NOW:
@@ -277,9 +313,11 @@ class Pacer:
             "sent": self.sent,
             "late": self.late,
             "behind": self.behind,
+            "worst_s": self.worst_s,
             "cpu_s": time.process_time(),
             "monotonic_s": time.monotonic(),
         }
+        self.worst_s = 0.0  # since the last report
         body = json.dumps(report).encode()
         client.sock.setblocking(True)
         client.sock.sendall(

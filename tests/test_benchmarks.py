@@ -130,6 +130,25 @@ def _run(script: str, tmp_path: Path) -> dict:
             id="control",
         ),
         pytest.param(
+            "scale.py",
+            {
+                "CPU per event",
+                "longest time without an event",
+                "from the upstream's send to the journal, p50",
+                "from the upstream's send to the journal, p99",
+                "memory per live stream",
+                "resident memory at the end",
+                "longest stall of the event loop, running",
+                "longest stall of the event loop, cancelling all",
+                "cancelling all, to the last outcome",
+                "cancelling all, to the last close upstream",
+            }
+            | {f"40 healthy streams, from send to reader, {share}" for share in ("p50", "p99", "p99.9")},
+            set(),
+            7,
+            id="scale",
+        ),
+        pytest.param(
             "floor.py",
             {"paced, plain: CPU per event"} if COMPILER and sys.platform == "linux" else set(),
             {"C", "C, sent on", "ours", "raw trio"},
@@ -163,3 +182,18 @@ def test_a_benchmark_runs_and_writes_its_results(script, tables, contenders, aim
         assert aim["met"] == (None if aim["value"] is None else reached(aim["value"], aim["bound"]))
     if script == "churn.py":
         assert [note for note in results["notes"] if " 0 streams still open" in note] == results["notes"]
+
+
+@pytest.mark.benchmark
+def test_the_soak_runs_and_finds_nothing_that_grows(tmp_path):
+    """Two thousand streams under virtual time, and a few seconds of real ones, leave nothing behind; its exit code says so."""
+    results = _run("soak.py", tmp_path)
+    assert results["benchmark"] == "soak"
+    assert {"python", "system", "cpus", "packages"} <= results["machine"].keys()
+    for time in ("virtual", "real"):
+        assert f"{time} time: heap bytes" in results["tables"]
+        for figure in ("orphans", "leftovers"):
+            rows = results["tables"][f"{time} time: {figure}"]["rows"]
+            assert len(rows) == 4
+            assert all(row["values"] == [0] for row in rows.values())
+    assert not any("GROWN" in note for note in results["notes"])
