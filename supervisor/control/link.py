@@ -4,8 +4,8 @@ trio-websocket does the handshake, puts messages together and answers Pings. Aro
 all its bytes pass both ways, and beside it `Link`, which does all the sending of data. The reasons:
 
 - A send that is cancelled half-way leaves half a frame on the wire, and everything after it is garbage. So one writer task
-  sends, no caller does; a send that makes no progress within `stall_s` ends the connection; and a connection whose send
-  was interrupted for whatever reason is never written to again. When we are the ones who leave, the writer finishes what
+  sends, no caller does; a send that makes no progress within `stall_s` ends the connection, and the peer is told so if it takes
+  the rest of the frame within `close_s`; and a connection whose send was interrupted otherwise is never written to again. When we are the ones who leave, the writer finishes what
   it has begun and `close` sends what it has not, both within one `close_s`.
 - Closing is ours too. trio-websocket raises out of its reader task if a Ping arrives after its own Close (its issue 184),
   always records a local close as 1000, and waits without limit for the peer. We write the Close frame ourselves, so that
@@ -88,7 +88,8 @@ class GuardedStream(trio.abc.Stream):
         self._framed = False
         self._answered = False
         self._broken = False
-        self._rest = b""  # of a frame that the socket took a part of
+        self._rest = b""  # of a frame that the socket took a part of, and of those that follow it
+        self._rest_cut = 0  # where in that the first of them begins
         self._fileno = _descriptor(transport)
         self._close_sent = False
         self._open = False
@@ -218,11 +219,12 @@ class GuardedStream(trio.abc.Stream):
             return True  # nothing can be kept for a peer that is gone: it comes back for what it has not seen
         if sent != len(data):
             self._rest = data[sent:]
+            self._rest_cut = _frame_end(data, 0, sent) - sent
             if self.when_unfinished is not None:
                 self.when_unfinished()
         return True
 
-    def _offer(self, data: bytes) -> int:
+    def _offer(self, data: bytes | memoryview) -> int:
         """Send what the socket takes at once; return how much. Raises BrokenResourceError."""
         if self._fileno is None:
             return 0
@@ -249,19 +251,28 @@ class GuardedStream(trio.abc.Stream):
             if self._broken:
                 raise trio.BrokenResourceError("an earlier send was interrupted")
             await trio.lowlevel.checkpoint_if_cancelled()  # while nothing is broken by it
+            first_frame = 0
             if self._rest:
-                data, self._rest = self._rest + data, b""
+                data, self._rest, first_frame = self._rest + data, b"", self._rest_cut
             sent = self._offer(data)
             self._broken = sent < len(data)  # until all of it is out: also if we are cancelled in between
-            view = memoryview(data)
-            step = self._limits.send_chunk_bytes
+            view, fileno = memoryview(data), self._fileno
             try:
-                for start in range(sent, len(view), step):
+                while sent < len(view):
+                    end = sent + self._limits.send_chunk_bytes
                     with trio.fail_after(self._limits.stall_s):
-                        await self._transport.send_all(view[start : start + step])
+                        if fileno is None:
+                            await self._transport.send_all(view[sent:end])
+                            sent += len(view[sent:end])
+                        else:
+                            while sent < min(end, len(view)):
+                                await trio.lowlevel.wait_writable(fileno())
+                                sent += self._offer(view[sent:end])
             except trio.TooSlowError:
                 self.stalled = True
                 self.over.set()
+                if fileno is not None:
+                    self._rest = data[sent : _frame_end(data, first_frame, sent)]
                 raise trio.BrokenResourceError("the peer does not take what is sent to it") from None
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 self.over.set()
@@ -294,15 +305,30 @@ class GuardedStream(trio.abc.Stream):
         self._shut = True
         try:
             with trio.move_on_after(self._limits.close_s, shield=True):
-                if self._open and not self.stalled:
-                    await self.send_close(build_close(code, reason, mask=self._client))
+                close = build_close(code, reason, mask=self._client)
+                if self._open and self.stalled:
+                    await self._close_after_rest(close)
+                elif self._open:
+                    await self.send_close(close)
                     if not self._scanner.close_received:
                         await self._wait_for_close()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         finally:
+            self._rest = b""
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(self._transport)
+
+    async def _close_after_rest(self, close: bytes) -> None:
+        """Tell a peer that has stalled, should it take something again: the rest of the frame it was sent in part, and why."""
+        if self._fileno is None or self._close_sent:  # then it is not known how much of a frame it was sent
+            await trio.lowlevel.checkpoint()
+            return
+        self._close_sent = True
+        left = memoryview(self._rest + close)
+        while left:
+            await trio.lowlevel.wait_writable(self._fileno())
+            left = left[self._offer(left) :]
 
     async def _wait_for_close(self) -> None:
         """Read until the peer's Close: closing a socket with unread data in it would take our own Close away."""
@@ -320,6 +346,19 @@ class GuardedStream(trio.abc.Stream):
                     self._scanner.feed(data)
                 except FrameError as fault:
                     self.fault = fault
+
+
+def _frame_end(data: bytes, start: int, sent: int) -> int:
+    """Return where the frame ends that was sent up to a position; a frame begins at `start`, which may lie after that."""
+    while start < sent:
+        length = data[start + 1] & 0x7F
+        mask = 4 if data[start + 1] & 0x80 else 0
+        if length < 126:
+            start += 2 + mask + length
+        else:
+            size = 2 if length == 126 else 8
+            start += 2 + size + mask + int.from_bytes(data[start + 2 : start + 2 + size], "big")
+    return start
 
 
 def _descriptor(transport: trio.abc.Stream) -> Callable[[], int] | None:

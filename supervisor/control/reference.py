@@ -62,9 +62,9 @@ follows, the error or the notification `stream.gap` says what can still be read 
 still, and goes on from there. The view `text` joins what has been missed, one event for a whole notification. Who wants the answer
 rather than each step on the way says `max_behind`: further behind than that, it is sent one `snapshot` event in place of them
 all, which replaces what it had received; the events go on after it, the outcome last. A snapshot is sent in place of a gap too.
-A connection that takes nothing for `stall_s` is given up (4001), and what waited for it is let go of at once; its
-subscriptions end, so that `on_detach` counts from there. As it is not read, it mostly cannot be told why: a connection that is
-cut without a Close frame (1006) is to be made again like one closed with 4000 to 4499.
+A connection that takes nothing for `stall_s` is given up: what waited for it is let go of at once, and its subscriptions end, so that
+`on_detach` counts from there. If it takes something again within `close_s`, it is told why (4001), after the rest of the message that it
+had in part; else it is cut without a Close frame (1006), which is to be treated like a code from 4000 to 4499: reconnect and resume.
 
 **Leaving** ends the connection's subscriptions and nothing else: a stream goes on, unless it was started with `on_detach`.
 

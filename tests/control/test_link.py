@@ -8,7 +8,7 @@ import trio.testing
 import trio_websocket
 
 from supervisor.control.frames import OP_PING, OP_TEXT, build_close, build_frame
-from supervisor.control.link import GuardedStream, Link, LinkLimits, Outbox
+from supervisor.control.link import GuardedStream, Link, LinkLimits, Outbox, _frame_end
 
 from .harness import handshake
 
@@ -280,3 +280,16 @@ async def test_answers_that_cannot_wait_have_a_bound_of_their_own() -> None:
     assert (await outbox.take()).endswith(b"answer 1answer 2")
     outbox.put_nowait(b"a long answer")
     assert outbox.has_room
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_where_the_frame_ends_that_was_sent_in_part(mask: bool) -> None:
+    """Of frames of every form of length, after any number of bytes, and if the first bytes are the rest of an earlier one."""
+    frames = [build_frame(OP_TEXT, b"x" * size, mask=mask) for size in (0, 5, 125, 126, 65_535, 65_536)]
+    for rest in (b"", b"the rest"):
+        data, start = rest + b"".join(frames), len(rest)
+        for frame in frames:
+            for sent in (start + 1, start + len(frame) - 1, start + len(frame)):
+                assert _frame_end(data, len(rest), sent) == start + len(frame)
+            start += len(frame)
+    assert _frame_end(data, 8, 3) == 8

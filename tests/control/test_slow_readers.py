@@ -25,7 +25,7 @@ from supervisor.errors import GapError
 from supervisor.stores import MemoryStore
 from supervisor.streams import Limits, OnDetach, Output, Stream
 
-from .harness import Peer, Scene, clog, open_scene, until
+from .harness import Closed, Peer, Scene, clog, open_scene, until
 
 FAST = ClientLimits(connect_s=5, retry_initial_s=0.01, retry_max_s=0.02)
 SMALL_TAIL = Limits(tail_events=8)
@@ -361,7 +361,7 @@ async def test_a_stalled_socket_is_given_up_and_its_client_goes_on_where_it_was(
     view: Any, max_behind: int | None
 ) -> None:
     """After `stall_s` nothing is held for it; others notice nothing; reading again it gets the rest, each event once."""
-    limits = attrs.evolve(ControlLimits(), link=LinkLimits(stall_s=0.05, outbox_bytes=50_000))
+    limits = attrs.evolve(ControlLimits(), link=LinkLimits(stall_s=0.05, close_s=0.05, outbox_bytes=50_000))
     async with open_scene(limits=limits) as scene, stalling(scene) as slow, connect(scene.url) as other:
         stream, told = await talk(scene, 5, pad="." * 400)
         async with (
@@ -382,7 +382,7 @@ async def test_a_stalled_socket_is_given_up_and_its_client_goes_on_where_it_was(
                     most = (
                         0 if max_behind is None else 2 * len(told.text) + 1000
                     )  # it may be a snapshot that waits
-                    assert held(slow.session) < 2 * 50_000 + 70_000 + most
+                    assert held(slow.session) < 2 * 50_000 + 170_000 + most
                 for _ in range(told.count - told_to_healthy):
                     assert (await healthy.__anext__()).seq == told_to_healthy + 1
                     told_to_healthy += 1
@@ -403,6 +403,29 @@ async def test_a_stalled_socket_is_given_up_and_its_client_goes_on_where_it_was(
             assert kinds[-1] == "outcome"
             assert ("snapshot" in kinds) == (max_behind is not None)
         assert scene.server.statistics().accepted == 3
+
+
+@pytest.mark.parametrize(("pad", "burst"), [(10, 300), (900, 1), (900, 7), (50_000, 1)])
+async def test_who_reads_again_soon_is_told_why_it_was_given_up(pad: int, burst: int) -> None:
+    """What it was sent in part is sent to its end, whatever it was, then the code that says: reconnect; nothing else."""
+    limits = attrs.evolve(ControlLimits(), link=LinkLimits(stall_s=0.02, close_s=5))
+    async with open_scene(limits=limits) as scene:
+        stream, told = await talk(scene, pad="." * pad)
+        reading = Reading(await scene.peer(receive_buffer=4096))
+        await reading.peer.call("stream.subscribe", id=stream.id, credit=1_000_000)
+        (session,) = scene.server.sessions
+        guard = session._link._guard
+        socket = cast("trio.SocketStream", guard._transport).socket
+        socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_SNDBUF, 4096)
+        while not guard.stalled:
+            if held(session) < 100_000:
+                told.say(burst)
+            await trio.lowlevel.checkpoint()
+        with pytest.raises(Closed) as closed, trio.fail_after(5):
+            await reading.to_the_end()
+        assert closed.value.code == CloseCode.STALLED
+        assert held(session) == 0
+        assert reading.last < told.count
 
 
 async def test_a_stalled_reader_keeps_a_stream_until_it_is_given_up() -> None:
