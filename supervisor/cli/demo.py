@@ -62,8 +62,12 @@ path = {store}
 grace_s = 1.0
 
 [memory]
-max_stream_bytes = 200_000
 sweep_every_s = 0.2
+
+[[memory.groups]]
+labels = {{ scene = "over the limit" }}
+max_bytes = 200_000
+at_max_bytes = "reap_oldest"
 
 [retry]
 wait_initial_s = 0.1
@@ -149,7 +153,7 @@ class _Stage:
             _UPSTREAM,
             {"model": scene.model, "messages": [{"role": "user", "content": scene.name}]},
             key=scene.name.replace(" ", "-"),
-            labels={"demo": "yes"},
+            labels={"scene": scene.name},
             deadlines=DeadlinesMessage() if scene.idle_s is None else DeadlinesMessage(idle_s=scene.idle_s),
         )
         scene.stream_id, scene.state = started.id, started.state
