@@ -191,6 +191,7 @@ class Journal:
         self.tail_bytes += event.nbytes
         self.published_seq = self.durable_seen = event.seq
         self._closed = True
+        self._on_durable = None  # it is the stream's: an ended one is to be freed with its last reference
         self._to_follow.set()
         self._wake()
 
@@ -229,6 +230,7 @@ class Journal:
         self.epoch_starts = epoch_starts
         self.epoch = epoch_starts[-1][0]
         self._sealed = self._closed = True
+        self._on_durable = None
 
     def release_tail(self, *, keep_bytes: int = 0) -> None:
         """Let go of the tail of a closed journal but its newest `keep_bytes`: the rest is read from the store."""

@@ -140,6 +140,17 @@ class Attempt:
             failure = attrs.evolve(failure, fault=self._veil.fault(failure.fault))
         return failure
 
+    def let_go(self) -> BodyReader | None:
+        """Be over, and return the reader of the body, if there was one.
+
+        Nothing of it refers back to it any more: thousands of ended streams are then freed one by one as they are let go of, and not
+        all together by a full garbage collection, which stops everybody.
+        """
+        body, self.body = self.body, None
+        self.on_begun = None
+        self.append = self.out.append
+        return body
+
     async def _exchange(self, request: httpx.Request) -> Failure | httpx.Request | None:
         try:
             exchange = await self._transport.open(request, on_sent=self._sent)
@@ -188,7 +199,7 @@ class Attempt:
             reader.feed(data)
             return out.flush() and self.failed is None
 
-        broken: RemoteProtocolError | None = None
+        broken: str | None = None
         while not self.sealed:
             try:
                 more = await exchange.pump(take)
@@ -196,8 +207,8 @@ class Attempt:
                 reader.end(clean=False, cause=str(exc))
                 break
             except RemoteProtocolError as exc:
-                broken = exc
-                reader.end(clean=False, cause=str(exc))
+                broken = str(exc)  # not the exception, which knows this frame
+                reader.end(clean=False, cause=broken)
                 break
             if not more:
                 reader.end(clean=True)
@@ -210,7 +221,7 @@ class Attempt:
             return None
         reason, fault = self.failed
         if broken is not None and reason == "truncated":
-            reason, fault = "protocol", Fault(kind="protocol", message=str(broken))
+            reason, fault = "protocol", Fault(kind="protocol", message=broken)
         again = (
             reason == "truncated"
             or (reason == "provider_error" and fault.temporary)

@@ -250,6 +250,7 @@ class _Climb:
         try:
             failure = await attempt.run(step.call)
         finally:
+            body = attempt.let_go()
             if circuit is not None:
                 if failure is not None and (failure.again or failure.began):
                     circuit.failed(trio.current_time())
@@ -257,10 +258,10 @@ class _Climb:
                     circuit.abandoned(trio.current_time())
                 elif not counted:
                     circuit.succeeded(trio.current_time())
-        if attempt.body is not None:
-            self._last_event_id = attempt.body.last_event_id
-            self._first_event_id = attempt.body.first_event_id
-            self._retry_ms = attempt.body.retry_ms if attempt.body.retry_ms is not None else self._retry_ms
+        if body is not None:
+            self._last_event_id = body.last_event_id
+            self._first_event_id = body.first_event_id
+            self._retry_ms = body.retry_ms if body.retry_ms is not None else self._retry_ms
         elif not goes_on:
             self._last_event_id = ""  # it was of a stream that this attempt did not go on with
         return failure
