@@ -121,11 +121,16 @@ class Connection:
 
     @property
     def ended(self) -> bool:
-        """Whether the peer has said, in TLS, that nothing follows."""
+        """Whether nothing follows as TLS has ended: the peer has said so, or it broke."""
         for layer in self._layers:  # noqa: SIM110  # asked before each read: a generator would cost three times as much
-            if layer.closed:
+            if layer.closed or layer.fault is not None:
                 return True
         return False
+
+    @property
+    def fault(self) -> ssl.SSLError | None:
+        """What broke TLS after the bytes that were read last, if anything did."""
+        return next((layer.fault for layer in self._layers if layer.fault is not None), None)
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -174,6 +179,11 @@ class Connection:
             data, self._early = self._early, b""
             await trio.lowlevel.checkpoint()
             return data
+        if self.ended:
+            await trio.lowlevel.checkpoint()
+            if (fault := self.fault) is not None:
+                raise fault
+            return b""
         while True:
             raw = await self.receive_raw()
             data = self.decode(raw)

@@ -137,6 +137,8 @@ class Exchange:
         self._keep_alive = False
         if self.at_end:
             return
+        if (fault := self._connection.fault) is not None:
+            raise self._closed(f": {fault.strerror or fault}")
         if self._connection.truncatable:
             raise self._closed(": TLS ended without its close_notify, so the body may have been cut off")
         if not self.framing.end():
@@ -198,7 +200,7 @@ class Exchange:
                 if not take(body):
                     return True
             return False
-        if (
+        while (  # as long as the socket is not what is next: bytes that came with the head, and what they brought about
             self._rest
             or self.at_end
             or self._over
@@ -210,8 +212,6 @@ class Exchange:
                 return False
             if not take(body):
                 return True
-            if self.at_end:
-                return False
         self._take = take
         try:
             return await reader.read(self)

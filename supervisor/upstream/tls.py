@@ -1,7 +1,7 @@
 """TLS without I/O: ciphertext in, plaintext out, so that it sits on the same synchronous path as everything else.
 
-`trio.SSLStream` owns its transport and decrypts inside an `await`. Here whoever reads the socket (today a loop in the
-stream's task, later one reader for all sockets) hands the bytes to `decrypt`, and what TLS itself wants to send
+`trio.SSLStream` owns its transport and decrypts inside an `await`. Here whoever reads the socket (a loop in the
+stream's task, or one reader for all sockets) hands the bytes to `decrypt`, and what TLS itself wants to send
 (handshake, alerts, answers to key updates) is picked up with `take`. Layers stack, which is what an https proxy needs.
 
 How it ended matters: a `close_notify` alert is the peer saying "that was all"; an end of file without one may be
@@ -59,7 +59,7 @@ def shared_context() -> ssl.SSLContext:
 class TLSLayer:
     """One TLS session, client side. Every method is synchronous and may raise `ssl.SSLError` (an OSError)."""
 
-    __slots__ = ("_incoming", "_object", "_outgoing", "closed")
+    __slots__ = ("_incoming", "_object", "_outgoing", "closed", "fault")
 
     def __init__(
         self, context: ssl.SSLContext, server_hostname: str, session: ssl.SSLSession | None = None
@@ -71,6 +71,8 @@ class TLSLayer:
         )
         self.closed = False
         """Whether the peer has sent `close_notify`: nothing follows, and nothing was cut off."""
+        self.fault: ssl.SSLError | None = None
+        """What broke the session after the plaintext that `decrypt` returned last: nothing follows."""
 
     @property
     def alpn(self) -> str | None:
@@ -102,7 +104,10 @@ class TLSLayer:
         return True
 
     def decrypt(self, data: bytes) -> bytes:
-        """Return the plaintext that `data` completes; `b""` if it completes none."""
+        """Return the plaintext that `data` completes; `b""` if it completes none.
+
+        A record that breaks the session does not swallow the sound ones before it: they are returned, and `fault` is set.
+        """
         incoming = self._incoming
         incoming.write(data)
         read = self._object.read
@@ -118,6 +123,10 @@ class TLSLayer:
                 parts.append(part)
         except ssl.SSLWantReadError:
             pass
+        except ssl.SSLError as error:
+            if not parts:
+                raise
+            self.fault = error
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def encrypt(self, data: bytes | memoryview) -> None:

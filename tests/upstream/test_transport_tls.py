@@ -224,6 +224,7 @@ class Talkative:
     """A TLS layer that wants to answer each record it gets, as TLS does to a request for new keys."""
 
     closed = False
+    fault = None
 
     def __init__(self, answer: bytes) -> None:
         self.answer = answer

@@ -220,29 +220,53 @@ async def test_a_tls_1_2_server_that_wants_another_handshake(nursery, monkeypatc
     assert refused == [True]
 
 
-async def test_a_message_that_has_no_place(nursery, client_context, context):
-    """A handshake message that TLS 1.3 does not have after the handshake ends the connection, not the stream as complete."""
+@pytest.mark.parametrize("pumped", [True, False])
+@pytest.mark.parametrize("where", ["by itself", "behind the body", "behind the head"])
+async def test_a_message_that_has_no_place(nursery, client_context, context, where, pumped):
+    """A handshake message that TLS 1.3 does not have after the handshake ends the connection, not the stream as complete.
+
+    The body that came before it, in the same read or not, is read all the same.
+    """
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    got = []
+
+    def take(data):
+        got.append(data)
+        opened.set()
+        return True
 
     async def handler(peer):
         server = Server(peer.raw, context)
         await server.handshake()
         await server.read()
-        await server.write(DATA, b"HTTP/1.1 200 OK\r\n\r\nabc")
-        await opened.wait()
-        await server.write(HANDSHAKE, HELLO_REQUEST)
+        write = server.records.write
+        head, body = write(DATA, b"HTTP/1.1 200 OK\r\n\r\n"), write(DATA, b"abc")
+        message = write(HANDSHAKE, HELLO_REQUEST)
+        if where == "by itself":
+            await peer.raw.send_all(head + body)
+            await opened.wait()
+            await peer.raw.send_all(message)
+        elif where == "behind the body":
+            await peer.raw.send_all(head)
+            await begun.wait()
+            await peer.raw.send_all(body + message)
+        else:
+            await peer.raw.send_all(head + body + message)
         await peer.closed()
 
-    opened = trio.Event()
+    begun, opened = trio.Event(), trio.Event()
     server = await serve(nursery, handler)
     async with StreamTransport(trust_env=False, ssl_context=client_context) as transport:
         exchange = await transport.open(
             httpx.Request("POST", f"https://127.0.0.1:{server.port}/", content=b"1")
         )
-        assert await exchange.receive() == b"abc"
-        opened.set()
-        with trio.fail_after(5), pytest.raises(UpstreamClosedError):
-            await exchange.receive()
+        begun.set()
+        with trio.fail_after(5):
+            if not pumped:
+                take(await exchange.receive())
+            with pytest.raises(UpstreamClosedError):
+                await (exchange.pump(take) if pumped else exchange.receive())
+        assert got == [b"abc"]
         assert transport.statistics().open == 0
 
 
@@ -256,12 +280,13 @@ async def test_another_handshake_while_the_request_is_sent(nursery, client_conte
         server = Server(peer.raw, context)
         await server.handshake()
         await server.write(HANDSHAKE, HELLO_REQUEST)
-        await trio.testing.wait_all_tasks_blocked()
-        await peer.closed()
+        await over.wait()  # and takes nothing of the request, which is larger than what the sockets hold
 
+    over = trio.Event()
     server = await serve(nursery, handler)
     request = httpx.Request("POST", f"https://127.0.0.1:{server.port}/", content=b"x" * (16 << 20))
     async with StreamTransport(trust_env=False, ssl_context=client_context) as transport:
         with trio.fail_after(5), pytest.raises(RemoteProtocolError, match="another TLS handshake"):
             await transport.open(request)
+        over.set()
         assert transport.statistics().open == 0
