@@ -283,14 +283,25 @@ class Stalls(trio.abc.Instrument):
     def __init__(self) -> None:
         self.watching = False
         self.returned = time.perf_counter()
-        self.longest_s = 0.0
+        self.returned_cpu = time.thread_time()
+        self.longest_s = self.longest_cpu_s = 0.0
+        """By the wall clock, and in CPU time of the loop's thread: the difference is what other programs, or threads, took."""
 
     def after_io_wait(self, timeout: float) -> None:  # noqa: ARG002 (trio's signature)
         self.returned = time.perf_counter()
+        if self.watching:
+            self.returned_cpu = time.thread_time()
 
     def before_io_wait(self, timeout: float) -> None:  # noqa: ARG002 (trio's signature)
         if self.watching:
             self.longest_s = max(self.longest_s, time.perf_counter() - self.returned)
+            self.longest_cpu_s = max(self.longest_cpu_s, time.thread_time() - self.returned_cpu)
+
+    def watch(self) -> None:
+        """Begin anew, from now on."""
+        self.watching = True
+        self.returned, self.returned_cpu = time.perf_counter(), time.thread_time()
+        self.longest_s = self.longest_cpu_s = 0.0
 
 
 async def start_all(start: Callable[[int], Any], live: Callable[[int], bool], streams: int, start_s: float):
@@ -325,7 +336,7 @@ async def _all_of_ours(given: dict[str, Any], target: consume.Target, stalls: St
             alive = await start_all(start, lambda n: streams[n].tail_seq > 1, count, given["start_s"])
             await trio.sleep(given["settle_s"])
             at = time.monotonic()
-            stalls.watching = True
+            stalls.watch()
             results = await sup.cancel(all_streams=True, wait_s=60)
             settled_s = time.monotonic() - at
             await trio.sleep(0.2)  # what comes after the answer stalls the loop as well
@@ -350,7 +361,7 @@ async def _all_of_raw_trio(given: dict[str, Any], target: consume.Target, stalls
             )
             await trio.sleep(given["settle_s"])
             told["at"] = time.monotonic()
-            stalls.watching = True
+            stalls.watch()
             nursery.cancel_scope.cancel()
         told["settled_s"] = time.monotonic() - told["at"]
         await trio.sleep(0.2)
