@@ -487,7 +487,19 @@ def test_figures(shell: Shell) -> None:
 
 def test_a_daemon_out_of_reach(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No daemon, no token or a wrong one is exit 3; a token file is as good as the variable; never an argument's value."""
-    assert shell("health", "--url", "ws://127.0.0.1:1")[0] == Exit.UNREACHABLE
+    dial, dialled = trio.open_tcp_stream, []
+
+    async def counted(*args: Any) -> trio.SocketStream:
+        dialled.append(args)
+        return await dial(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trio, "open_tcp_stream", counted)
+        for wait_s, times in (("0", 1), ("0.01", 2)):
+            dialled.clear()
+            code = shell("health", "--url", "ws://127.0.0.1:1", "--connect-s", wait_s)[0]
+            assert (code, len(dialled)) == (Exit.UNREACHABLE, times)
+    assert build_parser().parse_args(["health"]).connect_s == 3
     assert shell("health", "--url", "http://127.0.0.1:1")[0] == Exit.USAGE
     monkeypatch.delenv(TOKEN_VARIABLE)
     code, _, err = shell("health")
@@ -549,7 +561,7 @@ def test_drain_and_shutdown(shell: Shell, tmp_path: Path, monkeypatch: pytest.Mo
         assert shell.json("drain") == [{"live": 0}]
         assert shell.json("shutdown", "--grace", "0") == [{"accepted": True}]
         assert other.wait() == 0
-        assert shell("health")[0] == Exit.UNREACHABLE
+        assert shell("health", "--connect-s", "0")[0] == Exit.UNREACHABLE
 
 
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------

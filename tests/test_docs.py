@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -22,8 +23,8 @@ import trio
 from trio.testing import MockClock
 
 import supervisor
-from supervisor import dialects, open_supervisor
-from supervisor.config import parse
+from supervisor import daemon, dialects, open_supervisor
+from supervisor.config import DEFAULT_PORT, parse
 from supervisor.dialects import BUILTIN, FaultKind, Snapshot
 from supervisor.stores import Event
 from supervisor.streams import Outcome, diagram
@@ -211,6 +212,26 @@ async def test_the_control_session():
     generate = generator()
     shown = generate.shown_session(README.read_text("utf-8"))
     assert generate.shape(shown) == generate.shape(generate.transcript(await generate.session()))
+
+
+async def test_the_client_example(capsys):
+    """The example of the control channel's page, asked of a daemon with a simulated upstream, prints what is shown under it."""
+    page = (ROOT / "docs" / "control-protocol.md").read_text("utf-8")
+    (match,) = _BLOCK.finditer(page)
+    code, _, last = match["code"].rstrip().rpartition("\n")
+    assert last == f'trio.run(ask, "ws://127.0.0.1:{DEFAULT_PORT}")'
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    config = parse(
+        'discover = false\n[control]\nport = 0\n[store]\npath = ":memory:"\n[shutdown]\ngrace_s = 0'
+    )
+    up, down = trio.open_memory_channel[daemon.Ready](1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(daemon.run, config, ready=up.send_nowait, simulated=True, environ={}))
+        with trio.fail_after(30):
+            await namespace["ask"]((await down.receive()).url)
+        nursery.cancel_scope.cancel()
+    assert capsys.readouterr().out == match["out"]
 
 
 async def test_the_simulated_models_end_as_the_page_says():

@@ -13,7 +13,7 @@ import trio
 from supervisor.cli.exits import Exit, for_kind
 from supervisor.cli.parser import DEFAULT_URL, TOKEN_VARIABLE, URL_VARIABLE
 from supervisor.cli.render import complain
-from supervisor.control import ControlClient, connect
+from supervisor.control import ClientLimits, ControlClient, connect
 from supervisor.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -33,7 +33,13 @@ def connecting(
 ) -> AbstractAsyncContextManager[ControlClient]:
     """Return a client that connects as the options and the environment say."""
     url = options.url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
-    return connect(url, _token(options.token_file), name="cli", reconnect=reconnect)
+    return connect(
+        url,
+        _token(options.token_file),
+        name="cli",
+        reconnect=reconnect,
+        limits=ClientLimits(wait_s=options.connect_s),
+    )
 
 
 def _token(file: Path | None) -> str | None:

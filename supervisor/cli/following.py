@@ -48,8 +48,6 @@ from supervisor.control import (
     EventStream,
     OnDetachMessage,
     RetryMessage,
-    StartParams,
-    StartResult,
     StreamMessage,
 )
 from supervisor.errors import ControlError
@@ -103,9 +101,9 @@ def _request(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 async def _start(client: ControlClient, options: argparse.Namespace) -> int:
-    params = StartParams(
-        upstream=options.upstream,
-        request=options.request,
+    started = await client.start(
+        options.upstream,
+        options.request,
         prompt=options.prompt,
         model=options.model,
         key=options.key,
@@ -116,7 +114,6 @@ async def _start(client: ControlClient, options: argparse.Namespace) -> int:
         labels=dict(options.labels),
         delivery="durable" if options.durable else "immediate",
     )
-    started = await client.call("stream.start", params, StartResult)
     if options.json:
         print_json({"kind": "started", **msgspec.to_builtins(started)})
     elif options.detach:

@@ -115,6 +115,13 @@ def _client(commands: Any, name: str, where: str, about: str, **options: Any) ->
         metavar="FILE",
         help=f"the bearer token (default: ${TOKEN_VARIABLE}, if set)",
     )
+    group.add_argument(
+        "--connect-s",
+        type=_seconds,
+        default=3.0,
+        metavar="S",
+        help="how long to try while nobody listens there, as when the daemon is just starting (3)",
+    )
     return parser
 
 

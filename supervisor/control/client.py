@@ -67,6 +67,7 @@ from supervisor.control.messages import (
     UnsubscribeParams,
     WaitParams,
 )
+from supervisor.control.mistakes import find_mistake
 from supervisor.control.rpc import ErrorMessage
 from supervisor.errors import (
     AuthenticationError,
@@ -92,6 +93,8 @@ class ClientLimits:
 
     connect_s: float = 10.0
     """One attempt to connect, handshake included."""
+    wait_s: float = 0.0
+    """How long the first connection is tried for while it is refused: a server that is just starting does not listen yet."""
     retry_initial_s: float = 0.1
     retry_max_s: float = 5.0
     """Pauses between attempts to reconnect: doubled each time up to this, with jitter."""
@@ -166,8 +169,10 @@ class ControlClient:
     async def start(
         self,
         upstream: str,
-        request: Mapping[str, Any],
+        request: Mapping[str, Any] | None = None,
         *,
+        prompt: str | None = None,
+        model: str | None = None,
         key: str | None = None,
         on_conflict: Literal["attach", "reject", "replace"] = "attach",
         on_detach: OnDetachMessage | None = None,
@@ -179,11 +184,17 @@ class ControlClient:
     ) -> StartResult:
         """Start a stream, or join the one that has the key. Returns once it is recorded in the store.
 
+        Exactly one of `request`, the body for the provider, and `prompt`, a user's words of which the server makes it. `model` wins
+        over the one in `request`. Raises ConfigurationError for both or neither.
+
         Cancelling the call does not stop the stream if the server had begun it: give a `key` to find it again.
         """
-        params = StartParams(
+        params = _params(
+            StartParams,
             upstream=upstream,
-            request=dict(request),
+            request=None if request is None else dict(request),
+            prompt=prompt,
+            model=model,
             key=key,
             on_conflict=on_conflict,
             on_detach=on_detach or OnDetachMessage(),
@@ -352,7 +363,12 @@ class ControlClient:
     # --- calls -------------------------------------------------------------------------------------------------------
 
     async def call(self, method: str, params: msgspec.Struct, result: type[_T]) -> _T:
-        """Call a method and decode its result."""
+        """Call a method with its parameters, and return its result as a `result`; the types are those of `METHODS`.
+
+            await client.call("stream.get", StreamParams(key="k"), StreamMessage)
+
+        `dict[str, Any]` is the result as it came. For methods that have none of their own here: the others do the same by themselves.
+        """
         decoder = msgspec.json.Decoder(result)
         decoded: _T = await self._call(method, params, decoder.decode)
         return decoded
@@ -473,6 +489,7 @@ class ControlClient:
         """Keep the connection until it is lost for good. Raises what the first attempt fails with."""
         started = False
         pause = self._limits.retry_initial_s
+        given_up = trio.current_time() + self._limits.wait_s
 
         def up() -> None:
             nonlocal started, pause
@@ -484,7 +501,10 @@ class ControlClient:
         while True:
             ending = await self._connection(up)
             if not started:
-                raise ending
+                if not _refused(ending) or trio.current_time() >= given_up:
+                    raise ending
+                await trio.sleep(min(pause, max(0.0, given_up - trio.current_time())))
+                continue
             closed = (
                 ending if isinstance(ending, ControlClosedError) else ControlClosedError(None, str(ending))
             )
@@ -633,7 +653,9 @@ def _params(kind: type[_T], **given: Any) -> _T:
     try:
         return msgspec.convert(stated, kind)
     except msgspec.ValidationError as error:
-        raise ConfigurationError("parameters", stated, str(error)) from None
+        mistake = find_mistake(error, stated, kind)
+        field = mistake.field or "parameters"
+        raise ConfigurationError(field, mistake.value, mistake.expected) from None
 
 
 def _request_error(error: ErrorMessage) -> Exception:
@@ -665,7 +687,16 @@ def _connect_error(url: str, error: BaseException) -> ControlError:
         return ControlClosedError(None, f"{url} refused the connection with HTTP {error.status_code}: {said}")
     if isinstance(error, msgspec.DecodeError):
         return ControlClosedError(None, f"{url} sent what is not a message of this protocol: {error}")
-    return ControlClosedError(None, f"no connection to {url}: {error}")
+    lost = ControlClosedError(None, f"no connection to {url}: {error}")
+    lost.__cause__ = error.__cause__  # of a name with several addresses: what each of them said
+    return lost
+
+
+def _refused(ending: ControlError) -> bool:
+    """Say whether a connection failed because nobody listens where it should go to."""
+    cause = ending.__cause__
+    said = cause.exceptions if isinstance(cause, BaseExceptionGroup) else [cause]
+    return all(isinstance(one, ConnectionRefusedError) for one in said)
 
 
 def _first(group: BaseExceptionGroup[Any]) -> Any:

@@ -70,6 +70,42 @@ had in part; else it is cut without a Close frame (1006), which is to be treated
 
 **What is answered is settled.** `stream.start` is answered when the stream is recorded; `stream.get`, `stream.wait` and
 `stream.cancel` never show an ending that is not durable.
+
+## In Python
+
+`supervisor.control.connect` gives a client for [trio](https://trio.readthedocs.io), with a method for each method below, and results of the
+types below. Here it starts a stream, reads its text as it comes, and asks how it ended:
+
+```python
+import trio
+from supervisor.control import ClientLimits, connect
+
+
+async def ask(url, token=None):
+    # wait_s: how long to try while nobody listens there, where the daemon is just starting; it is 0 by default
+    async with connect(url, token, name="example", limits=ClientLimits(wait_s=3)) as client:
+        started = await client.start("simulated", prompt="Hello", model="sim/ok?text=Hello+yourself")
+        async with client.subscribe(started.id, view="text") as events:
+            async for event in events:
+                print(event.text, end="")
+        outcome = await client.wait(started.id)
+        print(f"\\n{{outcome.state}}({{outcome.reason}}), {{outcome.usage.output}} tokens")
+
+
+trio.run(ask, "ws://127.0.0.1:7433")
+```
+
+```text
+Hello yourself
+completed(stop), 2 tokens
+```
+
+(With `stream-supervisor serve --simulated`; any model of [the simulated upstream](simulated-upstream.md) will do.)
+
+With `prompt` the server makes the body as the upstream's dialect has it; `client.start(upstream, {{…}})` gives the body itself. What the server
+refuses is a `RequestError` with the `kind` of the [table below](#errors), a wrong argument a `ConfigurationError`, a lost connection a
+`ControlClosedError`; they are in `supervisor.errors`. Leaving the block closes the connection and stops no stream. With `reconnect=True` a
+lost connection is made again, and event streams go on where they were.
 """
 
 

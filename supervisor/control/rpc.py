@@ -6,13 +6,13 @@ once, straight into the method's own type. Exceptions become wire errors in one 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import attrs
 import msgspec
 
+from supervisor.control.mistakes import find_mistake
 from supervisor.errors import (
     AdmissionError,
     AuthenticationError,
@@ -294,10 +294,6 @@ def _bad(message: str, answer_to: msgspec.Raw) -> Call:
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 
-_UNKNOWN_FIELD = re.compile(r"unknown field `([^`]*)`")
-_MISSING_FIELD = re.compile(r"missing required field `([^`]*)`")
-_AT = re.compile(r" - at `\$\.?([^`]*)`$")
-
 
 def read_params(params: msgspec.Raw, kind: type[_T]) -> _T:
     """Decode a call's parameters. Raises RpcError (`invalid_params`) naming the field and what is right."""
@@ -307,7 +303,10 @@ def read_params(params: msgspec.Raw, kind: type[_T]) -> _T:
     try:
         decoded: _T = _decoder(kind).decode(params)
     except msgspec.ValidationError as error:
-        raise _invalid_params(str(error), kind) from None
+        mistake = find_mistake(error, _read(params), kind)
+        field = _clipped(mistake.field, MAX_FIELD_CHARS)
+        told = f"{field}: {mistake.told}" if field else mistake.told
+        raise RpcError("invalid_params", told, field=field or None) from None
     except (msgspec.DecodeError, UnicodeError) as error:
         raise RpcError("parse_error", f"not JSON: {error}") from None
     except RecursionError:
@@ -315,23 +314,12 @@ def read_params(params: msgspec.Raw, kind: type[_T]) -> _T:
     return decoded
 
 
-def _invalid_params(message: str, kind: type[Any]) -> RpcError:
-    at = _AT.search(message)
-    path = at.group(1) if at else ""
-    said = message[: at.start()] if at else message
-    inner = ""
-    if unknown := _UNKNOWN_FIELD.search(said):
-        inner = unknown.group(1)
-        if not path:
-            known = ", ".join(field.encode_name for field in msgspec.structs.fields(kind))
-            said = f"unknown field; known here are: {known or 'none'}"
-        else:
-            said = "unknown field"
-    elif missing := _MISSING_FIELD.search(said):
-        inner = missing.group(1)
-        said = "this field is required"
-    field = _clipped(".".join(part for part in (path, inner) if part), MAX_FIELD_CHARS)
-    return RpcError("invalid_params", f"{field}: {said}" if field else said, field=field or None)
+def _read(params: msgspec.Raw) -> object:
+    """Return parameters as they were given; None if what follows the mistake is no better."""
+    try:
+        return msgspec.json.decode(params)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return None
 
 
 _decoders: dict[type[Any], msgspec.json.Decoder[Any]] = {}

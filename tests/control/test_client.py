@@ -12,7 +12,13 @@ import trio.testing
 from supervisor.control import ClientLimits, CloseCode, ControlLimits, LinkLimits, SessionLimits, connect
 from supervisor.control.event_stream import EventStream
 from supervisor.control.frames import OP_TEXT, build_frame
-from supervisor.errors import ConfigurationError, ControlClosedError, GapError, RequestError
+from supervisor.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    ControlClosedError,
+    GapError,
+    RequestError,
+)
 from supervisor.streams import Cursor, Output, State, Supervisor, open_supervisor
 
 from .harness import Scene, open_scene, until
@@ -404,6 +410,59 @@ async def test_what_cannot_be_connected_to() -> None:
                 async with connect(f"ws://127.0.0.1:{port}", limits=attrs.evolve(FAST, connect_s=0.1)):
                     pass
             nursery.cancel_scope.cancel()
+
+
+async def test_a_server_that_is_just_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that is refused is tried again for `wait_s`, none by default; another failure is not."""
+    dial, tries = trio.open_tcp_stream, 0
+
+    async def counted(host: str, port: int) -> trio.abc.Stream:
+        nonlocal tries
+        tries += 1
+        return await dial(host, port)
+
+    monkeypatch.setattr(trio, "open_tcp_stream", counted)
+    with trio.socket.socket() as sock:
+        await sock.bind(("127.0.0.1", 0))  # and nobody listens yet
+        url = f"ws://127.0.0.1:{sock.getsockname()[1]}"
+        for wait_s, least in ((0, 1), (0.03, 2)):
+            tries = 0
+            with pytest.raises(ControlClosedError, match="no connection"):
+                async with connect(url, limits=attrs.evolve(FAST, wait_s=wait_s)):
+                    pass
+            assert least <= tries <= least * least * 2
+        tries = 0
+        async with open_scene() as scene, trio.open_nursery() as nursery:
+
+            async def listen() -> None:
+                await until(lambda: tries >= 2)
+                sock.listen()
+                await trio.serve_listeners(scene.server.handle, [trio.SocketListener(sock)])
+
+            nursery.start_soon(listen)
+            async with connect(url, limits=attrs.evolve(FAST, wait_s=60)) as client:
+                assert (await client.health())["status"] == "ok"
+            nursery.cancel_scope.cancel()
+    async with open_scene(token="t") as scene:
+        with pytest.raises(AuthenticationError), trio.fail_after(5):
+            async with connect(scene.url, limits=attrs.evolve(FAST, wait_s=60)):
+                pass
+
+
+async def test_start_takes_a_prompt() -> None:
+    """`prompt` and `model` are sent as the protocol has them; both or neither of `prompt` and `request` are refused, with what is."""
+    async with open_scene() as scene, connect(scene.url) as client:
+        await client.start("ten", prompt="Hello", model="m")
+        await client.start("ten", {"model": "m"})
+        assert [(one.prompt, one.model, one.request) for one in scene.started] == [
+            ("Hello", "m", None),
+            (None, None, {"model": "m"}),
+        ]
+        for given in ({}, {"prompt": "Hello", "request": {}}):
+            with pytest.raises(ConfigurationError, match="expected exactly one of: request, prompt"):
+                await client.start("ten", **given)
+        with pytest.raises(ConfigurationError, match=r"^key: '' is not valid; expected a string of 1 to 256"):
+            await client.start("ten", {}, key="")
 
 
 @pytest.mark.parametrize("url", ["http://x", "ws://", "ws://x?token=t", "ws://u:p@x", "ws://x:99999", "x"])
