@@ -285,6 +285,7 @@ class Connection:
             raise ConnectionError(f"the server chose {layer.alpn} (ALPN), and only HTTP/1.1 is spoken here")
         self._layers += (layer,)
         self.encrypted = True
+        self._early += layer.decrypt(b"")  # what came together with the end of the handshake
         if layer.resumed:
             self._counters.resumed += 1
             return True
