@@ -8,7 +8,8 @@ journal when it is taken, and the stamps are read back from the store afterwards
 - The longest time that any stream was without an event, in intervals of its own pace (1 if all come evenly); nothing is starved
   as long as that stays small. How late the upstream itself was with one event at worst is said beside it.
 - Memory per live stream beyond the socket: resident memory with all live, less that with a few, divided by the difference; at
-  the end, when the tails of the journals are full (`Limits.tail_bytes` is 16 KiB here, as who holds so many would have it).
+  the end, when the tails of the journals are full (`Limits.tail_bytes` and
+  `fold_bytes` are 16 KiB here, as who holds so many would have it).
 - Resident memory over time: a line is laid through its second half; the figure is that line's end divided by its beginning.
   It is judged with `--minutes 10`.
 - Cancelling all by one call, with an instrument (`trio.abc.Instrument`) that watches the loop: the longest stall, the time to the
@@ -49,7 +50,8 @@ from supervisor.upstream.catalog import Upstream
 SCRIPT = __file__
 PARTS = ("scale", "troubles")
 ROUNDS = 3
-TAIL_BYTES = 16 << 10
+HELD_BYTES = 16 << 10
+"""Of each stream's tail, and of its text, in memory: as who holds ten thousand would have it."""
 EVENTS_PER_S = 10_000
 MIB = 1 << 20
 LONG_S = 300.0
@@ -97,7 +99,7 @@ async def hold(
     transport, upstream = target.transport(), Upstream(name="pacer", base_url=target.base_url)
     streams: list[Stream] = []
     memory = Memory(every_s=given["window_s"] / 100)
-    limits = Limits(max_live=count, tail_bytes=TAIL_BYTES)
+    limits = Limits(max_live=count, tail_bytes=HELD_BYTES, fold_bytes=HELD_BYTES)
     async with open_supervisor(store=SQLiteStore(path), limits=limits) as sup:
 
         async def start(number: int) -> None:
