@@ -247,7 +247,7 @@ class MemoryManager:
         self._stale.discard(stream)
         self._oversize.pop(stream.id, None)
         self.live.remove(stream)
-        self._pools.leave(stream, stream.spec)
+        self._pools.leave(stream, stream.pools[1:])
         for pool in stream.pools:
             if not pool.streams:
                 self._over.pop(pool, None)

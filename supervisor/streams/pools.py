@@ -45,11 +45,23 @@ class Bound:
 class Pool:
     """Streams that share limits."""
 
-    __slots__ = ("_by_watchers", "alarm", "bytes_bound", "count_bounds", "heavy", "nbytes", "of", "streams")
+    __slots__ = (
+        "_by_watchers",
+        "alarm",
+        "bytes_bound",
+        "count_bounds",
+        "heavy",
+        "nbytes",
+        "of",
+        "place",
+        "streams",
+    )
 
-    def __init__(self, of: str = "") -> None:
+    def __init__(self, of: str = "", place: tuple[int, tuple[str, ...]] | str | None = None) -> None:
         self.of = of
         """Which streams these are, as messages go on after "live streams"."""
+        self.place = place
+        """Where `Pools` has it: the number and values of a group, or the name of a tenant."""
         self.streams: OrderedDict[str, Stream] = OrderedDict()
         self.nbytes = 0
         self.count_bounds: tuple[Bound, ...] = ()
@@ -141,23 +153,21 @@ class Pools:
                 pool = self._pools[number, values] = self._made(number, values)
             pools.append(pool)
         if spec.tenant is not None:
-            pools.append(self.tenants.setdefault(spec.tenant, Pool()))
+            pools.append(self.tenants.setdefault(spec.tenant, Pool(place=spec.tenant)))
         for pool in pools:
             pool.add(stream)
         return tuple(pools)
 
-    def leave(self, stream: Stream, spec: StreamSpec) -> None:
-        """Take a stream out of its pools; those that are empty go."""
-        for place in self._places(spec):
-            pool = self._pools[place]
+    def leave(self, stream: Stream, pools: tuple[Pool, ...]) -> None:
+        """Take a stream out of the pools that `join` returned, whatever its labels say by now; those that are empty go."""
+        for pool in pools:
             pool.remove(stream)
-            if not pool.streams:
-                del self._pools[place]
-        if spec.tenant is not None:
-            pool = self.tenants[spec.tenant]
-            pool.remove(stream)
-            if not pool.streams:
-                del self.tenants[spec.tenant]
+            if pool.streams:
+                continue
+            if isinstance(pool.place, tuple):
+                del self._pools[pool.place]
+            elif pool.place is not None:
+                del self.tenants[pool.place]
 
     def __iter__(self) -> Iterator[Pool]:
         return iter(self._pools.values())
@@ -173,7 +183,7 @@ class Pools:
         group = self._groups[number]
         names = ["the tenant", *group.labels] if group.tenant is not None else list(group.labels)
         told = ", ".join(f"{name} {value!r}" for name, value in zip(names, values, strict=True))
-        pool = Pool(f" of {told}")
+        pool = Pool(f" of {told}", (number, values))
         where = f"groups[{number}]"
         pool.bind(
             None

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard, get_args
 
 import attrs
+import msgspec
 
 from supervisor.errors import ConfigurationError
 
@@ -53,8 +54,11 @@ MAX_KEY_CHARS = 256
 MAX_LABELS = 32
 MAX_LABEL_CHARS = 256
 MAX_GROUPS = 16
+MAX_META_BYTES = 64 << 10
 ANY = "*"
 """In a `MemoryGroup`: any value, each by itself."""
+
+_JSON_OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
 class Source(Protocol):
@@ -222,13 +226,19 @@ def _labels(_instance: object, _attribute: attrs.Attribute[Any], value: object) 
         )
 
 
+def _own_labels(value: Mapping[str, str]) -> Mapping[str, str]:
+    """Copy labels: what the caller does with theirs later is not the stream's."""
+    given: object = value  # whatever it is said to be: the validator tells
+    return dict(value) if isinstance(given, Mapping) else value
+
+
 @attrs.frozen(kw_only=True)
 class MemoryGroup:
     """Limits on the live streams of a tenant, or on those that have certain labels. `*` stands for each value by itself."""
 
     tenant: str | None = attrs.field(default=None, validator=_tenant)
     """Only streams of this tenant; `*`: those of each tenant by themselves."""
-    labels: Mapping[str, str] = attrs.field(factory=dict, validator=_labels)
+    labels: Mapping[str, str] = attrs.field(factory=dict, converter=_own_labels, validator=_labels)
     """Only streams that have all of these; with the value `*`, those of each value by themselves."""
     max_count: int | None = attrs.field(default=None, validator=_whole_or_none)
     """Live streams of the group."""
@@ -310,9 +320,17 @@ def _upstream(_instance: object, _attribute: attrs.Attribute[Any], value: object
         raise ConfigurationError("upstream", value, f"a name of 1 to {MAX_KEY_CHARS} characters, or None")
 
 
-def _meta(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
+def _own_meta(value: object) -> Mapping[str, Any]:
+    """Check meta and copy it, to the bottom: what the caller does with theirs later is not the stream's."""
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise ConfigurationError("meta", value, "a mapping of strings to JSON values")
+    try:
+        told = msgspec.json.encode(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigurationError("meta", value, "values that JSON can hold") from error
+    if len(told) > MAX_META_BYTES:
+        raise ConfigurationError("meta", "(it is too long)", f"at most {MAX_META_BYTES} bytes as JSON")
+    return _JSON_OBJECT.decode(told)
 
 
 @attrs.frozen(kw_only=True)
@@ -324,17 +342,16 @@ class StreamSpec:
     """On whose behalf it runs, for limits and figures."""
     upstream: str | None = attrs.field(default=None, validator=_upstream)
     dialect: str = attrs.field(default="native", validator=attrs.validators.instance_of(str))
-    labels: Mapping[str, str] = attrs.field(factory=dict, validator=_labels)
+    labels: Mapping[str, str] = attrs.field(factory=dict, converter=_own_labels, validator=_labels)
     deadlines: Deadlines = attrs.field(factory=Deadlines, validator=_made_of(Deadlines))
     on_detach: OnDetach = attrs.field(factory=OnDetach, validator=_made_of(OnDetach))
     delivery: Delivery = attrs.field(default="immediate", validator=_one_of(*get_args(Delivery)))
-    meta: Mapping[str, Any] = attrs.field(factory=dict, validator=_meta)
+    meta: Mapping[str, Any] = attrs.field(factory=dict, converter=_own_meta)
     """Small facts for the record, such as the model asked for. JSON values, at most 64 KiB of them."""
 
 
 # --- ids -------------------------------------------------------------------------------------------------------------
 
-MAX_META_BYTES = 64 << 10
 _ID_CHARS = 26
 _BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's alphabet, lower case: sorts as the number does
 

@@ -575,21 +575,32 @@ class Stream:
             return False
         self._sealed_at = time.time()
         try:
-            if self._journal.publish():
-                self._published()
-        except Exception:  # noqa: BLE001  # a seal does not fail: the outcome will find the store in the same state, and tell
-            _log.exception("stream %s: its last events could not be handed to the store", self.id)
-        finally:
+            self._hand_over_the_last()
             self._unread = 0 if self._readers else self._events - self._left_at
             self._journal.seal()
             self._clocks.stop()
             self._clocks.set("cleanup", trio.current_time() + self._supervisor.limits.cleanup_s)
             self._supervisor.watchdog.arm(self)
             self._supervisor.stream_sealed(self)
+        finally:  # whatever goes wrong with the books: the source ends, and the wire is cut
             self._scope.cancel(reason=f"stream sealed: {verdict.state}({verdict.reason})")
-        if self._abort_wire is not None and verdict.state is not State.COMPLETED:
-            self._abort_wire()
+            if verdict.state is not State.COMPLETED:
+                self._cut_wire()
         return True
+
+    def _hand_over_the_last(self) -> None:
+        try:
+            if self._journal.publish():
+                self._published()
+        except Exception:  # noqa: BLE001  # a seal does not fail: the outcome will find the store in the same state, and tell
+            _log.exception("stream %s: its last events could not be handed to the store", self.id)
+
+    def _cut_wire(self) -> None:
+        try:
+            if self._abort_wire is not None:
+                self._abort_wire()
+        except Exception:  # noqa: BLE001  # the source's own; it closes its wire in its `finally` too
+            _log.exception("stream %s: its wire could not be cut", self.id)
 
     def expire(self, kind: ClockKind) -> None:
         """Act on a clock that ran out."""

@@ -41,7 +41,6 @@ from supervisor.streams.memory import SLICE, Holder, MemoryManager
 from supervisor.streams.recovery import interrupted, restored, restored_if_readable
 from supervisor.streams.report import Health, Phase, ReapReport, SupervisorStatistics
 from supervisor.streams.spec import (
-    MAX_META_BYTES,
     CircuitReport,
     Deadlines,
     Delivery,
@@ -200,10 +199,8 @@ class Supervisor:
         )
         try:
             head = msgspec.json.encode(spec)
-        except (TypeError, ValueError) as error:
-            raise ConfigurationError("meta", meta, "values that JSON can hold") from error
-        if len(head) > MAX_META_BYTES and len(msgspec.json.encode(spec.meta)) > MAX_META_BYTES:
-            raise ConfigurationError("meta", "(it is too long)", f"at most {MAX_META_BYTES} bytes as JSON")
+        except ValueError as error:  # a text of half a surrogate pair
+            raise ConfigurationError("key, tenant, upstream, dialect or labels", spec, "text") from error
         if self._phase != "open":
             raise SupervisorClosedError(self._phase)
         holder = self._keys.get(key) if key is not None else None
