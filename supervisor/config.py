@@ -27,7 +27,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import attrs
 import msgspec
 
-from supervisor.control.auth import Token
+from supervisor.control.auth import Access, Token, require_safe_address
 from supervisor.control.server import ControlLimits
 from supervisor.errors import ConfigurationError
 from supervisor.stores import MemoryStore, Retention
@@ -64,6 +64,7 @@ _T = TypeVar("_T")
 _MAX_FILE_BYTES = 1 << 20
 _UPSTREAM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAY_BE_SECRET = re.compile(r"key|token|secret|password|credential|authorization|cookie|proxy", re.IGNORECASE)
+_NO_SECRET = re.compile(r"_(header|file)$")
 _SECRET_KEY = re.compile(
     r"(^|[-_])(key|token|secret|password|credential|authorization|cookie)s?$", re.IGNORECASE
 )
@@ -120,17 +121,23 @@ class TokenSource:
                     str(self.file),
                     f"a readable file that holds the token alone ({_why(error)})",
                 ) from None
-            return _checked(text)
+            return _checked(text, "token_file", str(self.file), "a file")
         if self.env is not None:
             if not environ.get(self.env):
                 raise ConfigurationError("token_env", self.env, "an environment variable that is set")
-            return _checked(environ[self.env])
+            return _checked(environ[self.env], "token_env", self.env, "a variable")
         return None
 
 
-def _checked(text: str) -> str:
+def _checked(text: str, key: str, where: str, what: str) -> str:
     token = text.strip()
-    Token(token)  # raises for one that cannot be sent in a header
+    try:
+        Token(token)
+    except ConfigurationError as error:
+        found = "it holds something else" if token else "it is empty"
+        raise ConfigurationError(
+            key, where, f"{what} that holds the token alone, {error.expected} ({found})"
+        ) from None
     return token
 
 
@@ -154,6 +161,7 @@ class ControlConfig:
     def __attrs_post_init__(self) -> None:
         if self.token_file is not None and self.token_env is not None:
             raise ConfigurationError("token_env", self.token_env, "only one of token_file and token_env")
+        Access(origins=self.origins)  # raises for what is no origin
 
     @property
     def token(self) -> TokenSource:
@@ -268,6 +276,15 @@ class Config:
         )
         return found | {up.name: up for up in self.upstreams}
 
+    async def check(self, environ: Mapping[str, str]) -> None:
+        """Raise ConfigurationError, naming the file and the table, for what a daemon would refuse when it starts to listen."""
+        where = _Where(self.source, ("control",))
+        try:
+            token = self.control.token.read(environ)
+            await require_safe_address(self.control.host, None if token is None else Token(token))
+        except ConfigurationError as error:
+            raise ConfigurationError(where.field(error.field), error.value, error.expected) from None
+
 
 def default_store_path(environ: Mapping[str, str]) -> Path:
     """Return where the store is by default: `$XDG_STATE_HOME/stream-supervisor/streams.db`, or under `~/.local/state`."""
@@ -336,7 +353,8 @@ class _Where:
         return f"{self.source}:{table} {key}"
 
     def error(self, key: str, value: object, expected: str) -> ConfigurationError:
-        hidden = bool(_MAY_BE_SECRET.search(key)) and not isinstance(value, bool | int | float)
+        hidden = bool(_MAY_BE_SECRET.search(key)) and not _NO_SECRET.search(key)
+        hidden = hidden and not isinstance(value, bool | int | float | None)
         return ConfigurationError(self.field(key), _Hidden() if hidden else value, expected)
 
     def refused(self, error: ConfigurationError) -> ConfigurationError:
@@ -345,7 +363,8 @@ class _Where:
         first, dot, rest = key.partition(".")
         if dot and (first == self.path[-1] or first[0].isupper()):  # the table's own name, or its class's
             key = rest
-        return self.error(_FIELD_KEYS.get(key, key), error.value, error.expected)
+        expected = re.sub(r"\bNone\b", '"none"', error.expected)  # as TOML has it
+        return self.error(_FIELD_KEYS.get(key, key), error.value, expected)
 
     def unknown(self, key: str, known: Sequence[str], *, hint: str = "") -> ConfigurationError:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -535,11 +554,14 @@ def _merged(default: _T, value: object, where: _Where) -> _T:
 
 
 def _strings(value: object, where: _Where, key: str) -> dict[str, str]:
+    def shown(given: object) -> object:
+        return _Hidden() if key == "headers" and not isinstance(given, bool | int | float) else given
+
     if not isinstance(value, dict):
-        raise ConfigurationError(where.field(key), _Hidden(), "a table of strings")
+        raise ConfigurationError(where.field(key), shown(value), "a table of strings")
     for name, text in value.items():
         if not isinstance(text, str):
-            raise ConfigurationError(where.table(key).field(name), _Hidden(), "a string")
+            raise ConfigurationError(where.table(key).field(name), shown(text), "a string")
     return dict(value)
 
 

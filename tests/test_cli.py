@@ -547,6 +547,46 @@ def test_check_config(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert shell("serve", "--config", str(path))[0] == Exit.USAGE
 
 
+def test_check_config_refuses_what_serve_refuses(shell: Shell, tmp_path: Path) -> None:
+    """An address beyond this machine without a token, or a token that is none, is refused by both: by file and table, or option."""
+    path, empty = tmp_path / "my.toml", tmp_path / "empty"
+    empty.write_text("")
+    for text, said in (
+        ('host = "0.0.0.0"', f"{path}: [control] host: '0.0.0.0' is not valid; expected a loopback address"),
+        (
+            f'token_file = "{empty}"',
+            f"{path}: [control] token_file: '{empty}' is not valid; expected a file that",
+        ),
+        ('token_env = "NOT_SET"', f"{path}: [control] token_env: 'NOT_SET' is not valid"),
+    ):
+        path.write_text(f"[control]\n{text}")
+        for command in ("check-config", "serve"):
+            code, _, err = shell(command, "--config", str(path))
+            assert code == Exit.USAGE
+            assert said in err
+    for options, said in (
+        (["--host", "0.0.0.0"], "--host: '0.0.0.0' is not valid; expected a loopback address"),
+        (["--token-file", str(empty)], f"--token-file: '{empty}' is not valid; expected a file that holds"),
+    ):
+        code, _, err = shell("serve", *options)
+        assert code == Exit.USAGE
+        assert said in err
+    code, _, err = shell("health", "--token-file", str(empty))
+    assert (code, f"--token-file: '{empty}' is not valid" in err) == (Exit.USAGE, True)
+
+
+def test_check_config_prints_groups_as_fields(shell: Shell, tmp_path: Path) -> None:
+    """A list of tables is told field by field, like a table; a set in order."""
+    path = tmp_path / "my.toml"
+    path.write_text(
+        '[[memory.groups]]\nlabels = {user = "*"}\nmax_count = 3\n[retry]\nstatuses = [503, 429, 500]\n'
+    )
+    out = shell("check-config", str(path))[1]
+    assert re.search(r"^settings\.memory\.groups\[0\]\.max_count +3 *$", out, re.MULTILINE)
+    assert re.search(r"^settings\.memory\.groups\[0\]\.labels\.user +\* *$", out, re.MULTILINE)
+    assert re.search(r"^settings\.retry\.statuses +429, 500, 503 *$", out, re.MULTILINE)
+
+
 def test_drain_and_shutdown(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A drain refuses starts (exit 6) and says what still lives (exit 4); a shutdown ends the daemon with 0."""
     base_url = json.loads(json.dumps(shell.json("show", shell.start("sim/ok"))[0]["stream"]["upstream"]))

@@ -270,6 +270,27 @@ def test_what_an_upstream_may_do_when_it_fails() -> None:
             "[upstreams.x]\nbase_url = 'http://h'\nheaders = 3",
             ["[upstreams.x] headers", "a table of strings"],
         ),
+        ("[deadlines]\nidle_s = 0", ["[deadlines] idle_s", 'or "none" for no limit']),
+        ("[retry]\nstatuses = [200, 500, 999]", ["[retry] statuses: [200, 999] is not valid", "400 to 599"]),
+        ("[control]\norigins = ['https://a/b']", ["[control] origins: 'https://a/b'", "without a path"]),
+        (
+            "[upstreams.x]\nbase_url = 'http://h'\nproxy = 'http://h:99999'",
+            ["[upstreams.x] proxy", "1 to 65535"],
+        ),
+        (
+            "[upstreams.x]\nbase_url = 'http://h'\nproxy = 'http://h/p'",
+            ["[upstreams.x] proxy", "host[:port]"],
+        ),
+        ("[upstreams.x]\nbase_url = 'http://h'\nproxy = 'none'", ["[upstreams.x] proxy", "'direct'"]),
+        (
+            "[upstreams.x]\nbase_url = 'http://h'\nmodels = 3",
+            ["[upstreams.x] models: 3", "a table of strings"],
+        ),
+        ("[upstreams.x]\nbase_url = 'http://h'\nmodels = {a = ['b']}", ["[upstreams.x.models] a: ['b']"]),
+        (
+            "[upstreams.x]\nbase_url = 'http://h'\napi_key_env = 'A'\napi_key_header = 'a b'",
+            ["[upstreams.x] api_key_header: 'a b'", "the name of a header"],
+        ),
         ("\nx = ?", ["TOML", "line 2"]),
         ("a = " + "[" * 5000, ["TOML"]),
     ],
@@ -382,6 +403,9 @@ def test_token_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
         source.read({})
     assert SECRET not in str(caught.value)
+    path.write_text("\n")
+    with pytest.raises(ConfigurationError, match=rf"^token_file: '{path}' is not valid; .*\(it is empty\)$"):
+        source.read({})
     with pytest.raises(ConfigurationError, match="NOT_SET"):
         parse("[control]\ntoken_env = 'NOT_SET'").control.token.read({})
 

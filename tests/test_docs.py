@@ -24,6 +24,7 @@ from trio.testing import MockClock
 
 import supervisor
 from supervisor import daemon, dialects, open_supervisor
+from supervisor.cli import main
 from supervisor.config import DEFAULT_PORT, parse
 from supervisor.dialects import BUILTIN, FaultKind, Snapshot
 from supervisor.stores import Event
@@ -181,10 +182,16 @@ def test_every_limit_is_listed():
     assert [name for name, row in rows.items() if not row.told] == []
 
 
-def test_the_configuration_example():
-    """The example file is accepted, and says what its comments say."""
+def test_the_configuration_example(tmp_path, capsys):
+    """The example file is accepted as it is printed, and says what its comments say."""
     page = (ROOT / "docs" / "configuration.md").read_text("utf-8")
     (example,) = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    file = tmp_path / "example.toml"
+    file.write_text(example, "utf-8")
+    assert (main(["check-config", str(file)]), capsys.readouterr().out.splitlines()[0].split()[0]) == (
+        0,
+        "ok",
+    )
     config = parse(example)
     openai, azure, local = config.upstreams
     assert openai.deadlines == supervisor.Deadlines(first_event_s=300, idle_s=90, total_s=None)

@@ -14,6 +14,7 @@ from supervisor.cli.exits import Exit, for_kind
 from supervisor.cli.parser import DEFAULT_URL, TOKEN_VARIABLE, URL_VARIABLE
 from supervisor.cli.render import complain
 from supervisor.control import ClientLimits, ControlClient, connect
+from supervisor.control.auth import Token
 from supervisor.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -43,14 +44,20 @@ def connecting(
 
 
 def _token(file: Path | None) -> str | None:
-    if file is None:
-        return os.environ.get(TOKEN_VARIABLE, "").strip() or None
+    where, shown = ("--token-file", str(file)) if file is not None else (f"${TOKEN_VARIABLE}", "its value")
     try:
-        return file.read_text("ascii").strip()
-    except (OSError, UnicodeError):
-        raise ConfigurationError(
-            "--token-file", str(file), "a readable file that holds the token alone"
-        ) from None
+        if file is not None:
+            token = file.read_text("ascii").strip()
+        elif not (token := os.environ.get(TOKEN_VARIABLE, "").strip()):
+            return None
+        Token(token)
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not ASCII"
+        raise ConfigurationError(where, shown, f"a file that holds the token alone ({why})") from None
+    except ConfigurationError as error:
+        what = "a file that holds the token alone, " if file is not None else ""
+        raise ConfigurationError(where, shown, f"{what}{error.expected}") from None
+    return token
 
 
 def as_client(options: argparse.Namespace, command: Command, *, reconnect: bool = False) -> int:

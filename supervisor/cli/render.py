@@ -180,6 +180,9 @@ def _flat(fields: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str,
     for name, value in fields.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple) and value and all(isinstance(one, Mapping) for one in value):
+            for at, one in enumerate(value):
+                yield from _flat(one, f"{prefix}{name}[{at}].")
         else:
             yield f"{prefix}{name}", value
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import attrs
 import msgspec
+import trio
 
 from supervisor.cli.connecting import run_reporting
 from supervisor.cli.exits import Exit
@@ -28,6 +29,7 @@ def serve(options: argparse.Namespace) -> int:
     """Run the daemon in the foreground until it is told to end."""
     try:
         config = _with_options(configured(options), options)
+        _check(config, options)
         secrets = _secrets(config, os.environ)
         log = config.log
         with (
@@ -59,6 +61,7 @@ def check_config(options: argparse.Namespace) -> int:
     options.config = options.file or options.config
     try:
         config = configured(options)
+        _check(config, options)
         token = config.control.token.read(os.environ) is not None
         upstreams = config.all_upstreams(os.environ)
     except ConfigurationError as error:
@@ -94,6 +97,7 @@ def check_config(options: argparse.Namespace) -> int:
             for field in attrs.fields(Config)
             if field.name not in _APART
         },
+        order="deterministic",
         enc_hook=str,
     )
     told["settings"] = settings
@@ -107,6 +111,17 @@ def check_config(options: argparse.Namespace) -> int:
 
 
 _APART = {"upstreams", "source"}
+
+
+def _check(config: Config, options: argparse.Namespace) -> None:
+    """Raise ConfigurationError for what would be refused when the daemon starts to listen; names the option, or the table."""
+    try:
+        trio.run(config.check, os.environ)
+    except ConfigurationError as error:
+        key = error.field.rpartition(" ")[2]
+        if getattr(options, key, None) is None:
+            raise
+        raise ConfigurationError(f"--{key.replace('_', '-')}", error.value, error.expected) from None
 
 
 def configured(options: argparse.Namespace) -> Config:

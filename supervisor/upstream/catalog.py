@@ -233,7 +233,10 @@ def _check_headers(instance: Upstream, _: attrs.Attribute[Any], value: Mapping[o
 
 def _check_proxy(instance: Upstream, _: attrs.Attribute[Any], value: str | None) -> None:
     if value not in (None, "direct"):
-        Proxy.parse(value, field=f"upstream {instance.name}: proxy")
+        field = f"upstream {instance.name}: proxy"
+        if value.strip().lower() in {"direct", "none"}:  # else the name of a host
+            raise ConfigurationError(field, value, "'direct', or the URL of a proxy")
+        Proxy.parse(value, field=field)
 
 
 def _instance_of(kind: type, *, optional: bool = False) -> Any:

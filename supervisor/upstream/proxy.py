@@ -27,6 +27,7 @@ __all__ = ["EnvironmentProxies", "Proxy", "authority"]
 
 _HOST = re.compile(r"[-.\w]+|[0-9a-fA-F:.]+", re.ASCII)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+_MAX_PORT = 65_535
 
 
 @attrs.frozen(kw_only=True)
@@ -57,8 +58,10 @@ class Proxy:
             raise ConfigurationError(field, hidden, expected) from None
         if url.scheme not in _DEFAULT_PORTS:
             raise ConfigurationError(field, f"{url.scheme}://… {hidden}", expected)
-        if not _HOST.fullmatch(host):
+        if not _HOST.fullmatch(host) or url.path not in {"", "/"} or url.query:
             raise ConfigurationError(field, hidden, expected)
+        if url.port is not None and not 0 < url.port <= _MAX_PORT:
+            raise ConfigurationError(field, f"port {url.port}", "a port from 1 to 65535")
         authorization = None
         if url.userinfo:
             pair = f"{url.username}:{url.password}".encode()

@@ -53,9 +53,10 @@ def _attempts(instance: object, attribute: attrs.Attribute[Any], value: object) 
 
 def _statuses(instance: object, attribute: attrs.Attribute[Any], value: frozenset[object]) -> None:
     del instance
-    if not all(isinstance(status, int) and 400 <= status <= 599 for status in value):
+    wrong = {status for status in value if not (isinstance(status, int) and 400 <= status <= 599)}
+    if wrong:
         raise ConfigurationError(
-            f"retry.{attribute.name}", sorted(map(str, value)), "HTTP statuses from 400 to 599"
+            f"retry.{attribute.name}", sorted(wrong, key=str), "HTTP statuses from 400 to 599"
         )
 
 
