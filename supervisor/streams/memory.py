@@ -14,7 +14,9 @@ read in that time. Age, staleness and the process's memory are looked at every `
 **Order.** Age, staleness, bytes of one stream; then groups; then number and bytes of all; then the process's memory. A stream is
 taken by the first that applies. Where a rule needs *some* stream to go, it is the oldest, or the least watched. Before a live
 stream goes for the bytes of all, ended ones in memory and what others can spare (`Holder`) do; and where the limit says `spill`,
-live ones first give up what the store has of them, in the order in which they came to hold much.
+live ones first give up what the store has of them, in the order in which they came to hold much. A live stream goes only while live
+streams alone hold more than the limit: what others hold, such as the connections of clients that take nothing, has starts refused
+or streams spill, but to end a stream for it would free nothing.
 
 **Cost.** Everything is found at the head of an order that is kept as streams come and go; staleness has the lazy heap of the clocks, by
 which a stream is looked at once per `stale_s`. A sweep that finds nothing costs the same with ten streams or ten thousand
@@ -134,6 +136,7 @@ class MemoryManager:
         self._oversize: dict[str, Stream] = {}
         self._over: dict[Pool, None] = {}
         self._beside = 0  # held by what is registered, as of the last look; that of finished streams is exact
+        self._short = False  # whether all together were over `max_bytes` at the last look
         self._started = 0
         self._sweeps = 0
         self._looked_at = 0
@@ -255,11 +258,21 @@ class MemoryManager:
         stream.note_at = NEVER
 
     def _set_alarm(self) -> None:
+        """Say from how many bytes of the live streams on a sweep is to come at once; one is due if all together hold too much.
+
+        Once that is known, and not mended by the sweep, the periodic ones look at it, unless live streams alone are over the limit.
+        """
         bound = self.live.bytes_bound
-        if bound is not None and bound.action != "reject":
-            self.live.alarm = bound.limit - self._beside - self.finished.bytes_held
-            if self.live.nbytes > self.live.alarm:
-                self.alarm(self.live)
+        if bound is None or bound.action == "reject":
+            return
+        room = bound.limit - self._beside - self.finished.bytes_held
+        short = self.live.nbytes > room
+        self.live.alarm = bound.limit if short else room
+        if short:
+            self._over[self.live] = None
+            if not self._short:
+                self._wake.set()
+        self._short = short
 
     def statistics(self) -> MemoryStatistics:
         """Return the manager's figures."""
@@ -374,6 +387,7 @@ class MemoryManager:
                     done.append((act, entry))
             if not dry_run:
                 plan = _Plan()
+                self._set_alarm()
             await trio.lowlevel.checkpoint()
             if not dry_run and trio.current_time() - now > self._policy.sweep_every_s:
                 self._wake.set()  # what is left is for the next sweep, which sees the time anew
@@ -550,18 +564,18 @@ class MemoryManager:
         bound = pool.bytes_bound
         if bound is None or bound.action == "reject":
             return
-        held = pool.nbytes
-        if pool is self.live:
-            held += self._beside + self.finished.bytes_held
-        message = _reached(bound, f"{held} bytes are held by live streams{pool.of}")
-
-        def excess() -> int:
-            return plan.nbytes(pool) - pool.alarm - (plan.spared if pool is self.live else 0)
-
+        beside = self._beside + self.finished.bytes_held if pool is self.live else 0
+        told = f"{pool.nbytes} bytes are held by live streams{pool.of}"
         if bound.action == "spill":
-            yield from self._spills(pool, plan, message, lambda: excess() > 0)
+            room = bound.limit - max(0, beside - plan.spared)
+            message = _reached(bound, f"{told}, and {beside} beside them" if beside else told)
+            yield from self._spills(pool, plan, message, lambda: plan.nbytes(pool) > room)
         yield from self._reaps(
-            pool, plan, bound.action, ("reaped_bytes", message), needed=lambda: excess() > 0
+            pool,
+            plan,
+            bound.action,
+            ("reaped_bytes", _reached(bound, told)),
+            needed=lambda: plan.nbytes(pool) > bound.limit,
         )
 
     def _by_pressure(self, plan: _Plan) -> Iterator[Act]:

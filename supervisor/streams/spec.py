@@ -276,7 +276,7 @@ class MemoryPolicy:
     """Bytes one stream holds in memory. Over it, it spills; one that then still is over it is reaped."""
     max_bytes: int | None = attrs.field(default=1 << 30, validator=_whole_or_none)
     """Bytes held in all: by live streams, by ended ones kept in memory, by connections and what else is counted. Ended streams and
-    idle connections are given up first."""
+    idle connections are given up first; live streams are reaped only for what live streams hold."""
     at_max_bytes: BytesAction = attrs.field(default="spill", validator=_one_of(*get_args(BytesAction)))
     """What happens over it: `spill` (streams give up what the store has of them; then the oldest are reaped), `reject` (starts are, and what
     there is may grow up to its own limits), `reap_oldest`, or `reap_least_watched`."""

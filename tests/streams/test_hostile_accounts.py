@@ -8,12 +8,26 @@ import pytest
 import trio
 
 from supervisor import MemoryGroup, MemoryPolicy, Output, State, open_supervisor
+from supervisor.streams import Holder
 from supervisor.streams.pools import Pools
 
 
 async def silent(out: Output) -> None:
     """Hold nothing."""
     await trio.sleep_forever()
+
+
+def holding(nbytes: int) -> Any:
+    return talking(1, nbytes)
+
+
+def talking(events: int, nbytes: int) -> Any:
+    async def source(out: Output) -> None:
+        for _ in range(events):
+            await out.send("x" * nbytes)
+        await trio.sleep_forever()
+
+    return source
 
 
 async def test_labels_and_meta_are_the_streams_own():
@@ -68,3 +82,34 @@ async def test_a_seal_that_goes_wrong_ends_the_source_and_cuts_the_wire(monkeypa
             await ended.wait()
             assert (await stream.wait()).state is State.CANCELLED
     assert "its wire could not be cut" in caplog.text
+
+
+@pytest.mark.parametrize("action", ["spill", "reap_oldest"])
+async def test_no_stream_ends_for_what_others_hold(autojump_clock, action):
+    """What clients hold has streams spill, but ends none, and no sweep follows on another; what streams hold does end the oldest."""
+    beside = 0
+    policy = MemoryPolicy(max_bytes=100_000, at_max_bytes=action, process_high=None)
+    async with open_supervisor(memory=policy) as sup:
+        sup.memory.register("connections", Holder(held=lambda: beside))
+        streams = [await sup.start(holding(10_000)) for _ in range(2)]
+        await trio.sleep(1.5)
+        beside, before = 500_000, sup.statistics().memory.sweeps
+        await trio.sleep(10)
+        memory = sup.statistics().memory
+        assert memory.reaped == {}
+        assert memory.spilled == (2 if action == "spill" else 0)
+        assert memory.sweeps - before < 15
+        assert all(stream.state is State.STREAMING for stream in streams)
+        streams.append(await sup.start(holding(4_000)))  # does not make a sweep for each read either
+        big = await sup.start(talking(60, 4_000))
+        await trio.testing.wait_all_tasks_blocked()
+        if action == "spill":
+            assert sup.statistics().memory.reaped == {}
+        else:
+            message = (await streams[0].wait()).message
+            held = int(message.removeprefix("max_bytes: ").split()[0])
+            assert message.endswith("bytes are held by live streams; the limit is 100000")
+            assert 100_000 < held < 400_000
+        beside = 0
+        await big.cancel()
+        await sup.cancel(all_streams=True)
