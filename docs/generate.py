@@ -24,10 +24,9 @@ import attrs
 import trio
 import trio_websocket
 
-from supervisor import config as configuration
 from supervisor import daemon, streams
 from supervisor.cli.exits import EXIT_TABLE
-from supervisor.config import Config, RetentionConfig, ShutdownConfig, parse
+from supervisor.config import Config, RetentionConfig, ShutdownConfig, described, parse, table_of
 from supervisor.control import SUBPROTOCOL, ClientLimits, ControlLimits, LinkLimits, SessionLimits
 from supervisor.dialects import BUILTIN, PRESETS, Dialect, FaultKind, faults
 from supervisor.dialects.reading import BodyReader
@@ -409,20 +408,20 @@ def options(kind: type = Config, table: str = "") -> Iterator[Option]:
         if typing.get_origin(hint) is Mapping and attrs.has(typing.get_args(hint)[1]):  # of names to tables
             inner.append((typing.get_args(hint)[1], f"{table}.{name}.NAME"))
             continue
-        if (listed := configuration._table_of(hint)) is not None:  # noqa: SLF001  # as it is read
+        if (listed := table_of(hint)) is not None:
             inner.append((listed, f"{table}.{name}"))
             continue
         optional = type(None) in typing.get_args(hint)
-        described = configuration._described(  # noqa: SLF001  # as errors say it
+        takes = described(
             next(arg for arg in typing.get_args(hint) if arg is not type(None)) if optional else hint
         ).removeprefix("one of ")
         said = TOLD_OPTIONS.get(f"{kind.__name__}.{name}") or told.get(name, "")
-        off = optional and described in {"a number", "a whole number"}
-        described = re.sub(r"'(\w+)'", r'`"\1"`', described)
+        off = optional and takes in {"a number", "a whole number"}
+        takes = re.sub(r"'(\w+)'", r'`"\1"`', takes)
         yield Option(
             table,
             name,
-            described + (' or `"none"`' if off else ""),
+            takes + (' or `"none"`' if off else ""),
             _in_toml(name, field.default, off=off),
             said,
         )

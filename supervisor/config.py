@@ -49,8 +49,10 @@ __all__ = [
     "StoreConfig",
     "TokenSource",
     "default_store_path",
+    "described",
     "load",
     "parse",
+    "table_of",
 ]
 
 DEFAULT_PORT = 7433
@@ -402,7 +404,7 @@ def _converted(value: object, hint: Any, where: _Where, key: str) -> Any:
         (hint,) = (arg for arg in get_args(hint) if arg is not type(None))
     if attrs.has(hint):
         return _read(hint, value, where.table(key))
-    if (table := _table_of(hint)) is not None:
+    if (table := table_of(hint)) is not None:
         if not isinstance(value, list):
             raise where.error(key, value, f"tables, [[{'.'.join((*where.path, key))}]]")
         return tuple(_read(table, one, where.table(f"{key}[{at}]")) for at, one in enumerate(value))
@@ -413,7 +415,7 @@ def _converted(value: object, hint: Any, where: _Where, key: str) -> Any:
             name: _read(get_args(hint)[1], table, where.table(key).table(name))
             for name, table in value.items()
         }
-    expected = _described(hint) + (' or "none"' if optional else "")
+    expected = described(hint) + (' or "none"' if optional else "")
     if hint is Path:
         if not isinstance(value, str) or not value:
             raise where.error(key, value, expected)
@@ -424,13 +426,14 @@ def _converted(value: object, hint: Any, where: _Where, key: str) -> Any:
         raise where.error(key, value, expected) from None
 
 
-def _table_of(hint: Any) -> type | None:
+def table_of(hint: Any) -> type | None:
     """Return the class of an array of tables; None for any other hint."""
     inner = next(iter(get_args(hint)), None) if get_origin(hint) is tuple else None
     return inner if isinstance(inner, type) and attrs.has(inner) else None
 
 
-def _described(hint: Any) -> str:
+def described(hint: Any) -> str:
+    """Say what a field of this type takes, as errors and docs/configuration.md do."""
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(repr, get_args(hint)))}"
     if get_origin(hint) is Mapping:
