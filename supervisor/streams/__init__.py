@@ -14,11 +14,14 @@ from supervisor.streams.memory import Holder
 from supervisor.streams.opening import open_supervisor
 from supervisor.streams.output import Output
 from supervisor.streams.report import (
+    CancelOutcome,
+    CancelResult,
     Health,
     MemoryStatistics,
     PoolStatistics,
     Reaped,
     ReapReport,
+    StreamInfo,
     SupervisorStatistics,
 )
 from supervisor.streams.spec import (
@@ -32,7 +35,7 @@ from supervisor.streams.spec import (
     Source,
     monotonic_ids,
 )
-from supervisor.streams.stream import CancelOutcome, CancelResult, Stream, StreamInfo
+from supervisor.streams.stream import Stream
 from supervisor.streams.subscription import After, Subscription
 from supervisor.streams.supervisor import Started, Supervisor
 

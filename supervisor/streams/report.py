@@ -1,4 +1,4 @@
-"""What a supervisor tells of itself: its figures, whether it is well, and what a reap did."""
+"""What is told of streams and of their supervisor: figures, whether it is well, and what a cancel or a reap came to."""
 
 from __future__ import annotations
 
@@ -8,18 +8,80 @@ from typing import Any, Literal
 import attrs
 
 from supervisor.stores.base import StoreHealth, StoreStatistics
+from supervisor.streams.lifecycle import Outcome, State
 
 __all__ = [
+    "CancelOutcome",
+    "CancelResult",
     "Health",
     "MemoryStatistics",
     "Phase",
     "PoolStatistics",
     "ReapReport",
     "Reaped",
+    "StreamInfo",
     "SupervisorStatistics",
 ]
 
+CancelOutcome = Literal["won", "already_terminal", "requested", "tombstoned"]
 Phase = Literal["open", "draining", "closed"]
+
+
+@attrs.frozen(kw_only=True)
+class CancelResult:
+    """What a cancel came to, answered from the settled state.
+
+    `won`: the stream ended by this cancel. `already_terminal`: it had ended, or something else sealed first.
+    `requested`: it is still stopping (`wait_s` passed, or its drain budget runs). `tombstoned`: the key has not been
+    seen yet; a start with it will be cancelled at once.
+    """
+
+    outcome: CancelOutcome
+    id: str | None
+    key: str | None
+    state: State | None
+    reason: str | None
+    error: str | None = None
+    """Why there is no answer, where many were cancelled together: the outcome of this one could not be recorded."""
+
+
+@attrs.frozen(kw_only=True)
+class StreamInfo:
+    """A stream at one moment."""
+
+    id: str
+    key: str | None
+    state: State
+    reason: str | None
+    """Refines a terminal state."""
+    tenant: str | None
+    upstream: str | None
+    dialect: str
+    labels: Mapping[str, str]
+    meta: Mapping[str, Any]
+    delivery: str
+    created_at: float
+    """Seconds since the Unix epoch."""
+    ended_at: float | None
+    age_s: float
+    """From start until now, or until the end."""
+    idle_s: float | None
+    """Since the last event; None once the stream has ended."""
+    attempts: int
+    events: int
+    skipped: int
+    readers: int
+    bytes_held: int
+    """Held in memory for this stream: its tail and its fold."""
+    tail_bytes: int
+    """Of that, the newest events."""
+    pending_bytes: int
+    """Of those, what is not durable yet."""
+    epoch: int
+    tail_seq: int
+    """The last event readers may see."""
+    durable_seq: int
+    outcome: Outcome | None
 
 
 @attrs.frozen(kw_only=True)

@@ -30,7 +30,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import attrs
 import trio
@@ -50,13 +50,14 @@ from supervisor.streams.journal import Cursor, Journal
 from supervisor.streams.lifecycle import Lifecycle, Outcome, State, Verdict
 from supervisor.streams.output import Output
 from supervisor.streams.pools import NEVER, Pool
+from supervisor.streams.report import CancelOutcome, CancelResult, StreamInfo
 from supervisor.streams.spec import Source, StopMode, StreamSpec, check_stop
 from supervisor.streams.subscription import After, Subscription
 
 if TYPE_CHECKING:
     from supervisor.streams.supervisor import Supervisor
 
-__all__ = ["CancelOutcome", "CancelResult", "Stream", "StreamInfo"]
+__all__ = ["Stream"]
 
 _log = logging.getLogger("supervisor.streams")
 
@@ -64,64 +65,6 @@ _ENDED_TAIL_BYTES = 16 << 10
 _UNDURABLE_BYTES = 160  # what one event's deltas are accounted as, while they wait to be durable
 _SHORT_BYTES = 4 << 10  # an answer of this length is not worth a read of the store when somebody asks for it
 _PAGE = 256  # events folded between two checkpoints
-CancelOutcome = Literal["won", "already_terminal", "requested", "tombstoned"]
-
-
-@attrs.frozen(kw_only=True)
-class CancelResult:
-    """What a cancel came to, answered from the settled state.
-
-    `won`: the stream ended by this cancel. `already_terminal`: it had ended, or something else sealed first.
-    `requested`: it is still stopping (`wait_s` passed, or its drain budget runs). `tombstoned`: the key has not been
-    seen yet; a start with it will be cancelled at once.
-    """
-
-    outcome: CancelOutcome
-    id: str | None
-    key: str | None
-    state: State | None
-    reason: str | None
-    error: str | None = None
-    """Why there is no answer, where many were cancelled together: the outcome of this one could not be recorded."""
-
-
-@attrs.frozen(kw_only=True)
-class StreamInfo:
-    """A stream at one moment."""
-
-    id: str
-    key: str | None
-    state: State
-    reason: str | None
-    """Refines a terminal state."""
-    tenant: str | None
-    upstream: str | None
-    dialect: str
-    labels: Mapping[str, str]
-    meta: Mapping[str, Any]
-    delivery: str
-    created_at: float
-    """Seconds since the Unix epoch."""
-    ended_at: float | None
-    age_s: float
-    """From start until now, or until the end."""
-    idle_s: float | None
-    """Since the last event; None once the stream has ended."""
-    attempts: int
-    events: int
-    skipped: int
-    readers: int
-    bytes_held: int
-    """Held in memory for this stream: its tail and its fold."""
-    tail_bytes: int
-    """Of that, the newest events."""
-    pending_bytes: int
-    """Of those, what is not durable yet."""
-    epoch: int
-    tail_seq: int
-    """The last event readers may see."""
-    durable_seq: int
-    outcome: Outcome | None
 
 
 class Stream:

@@ -39,7 +39,14 @@ from supervisor.streams.clocks import Watchdog
 from supervisor.streams.lifecycle import State
 from supervisor.streams.memory import SLICE, Holder, MemoryManager
 from supervisor.streams.recovery import interrupted, restored, restored_if_readable
-from supervisor.streams.report import Health, Phase, ReapReport, SupervisorStatistics
+from supervisor.streams.report import (
+    CancelResult,
+    Health,
+    Phase,
+    ReapReport,
+    StreamInfo,
+    SupervisorStatistics,
+)
 from supervisor.streams.spec import (
     CircuitReport,
     Deadlines,
@@ -55,7 +62,7 @@ from supervisor.streams.spec import (
     check_stop,
     monotonic_ids,
 )
-from supervisor.streams.stream import CancelResult, Stream, StreamInfo
+from supervisor.streams.stream import Stream
 from supervisor.streams.tombstones import Tombstones
 
 __all__ = ["Started", "Supervisor"]
