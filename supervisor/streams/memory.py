@@ -38,6 +38,7 @@ import trio
 from supervisor.errors import AdmissionError
 from supervisor.streams.clocks import LazyHeap
 from supervisor.streams.finished import Finished
+from supervisor.streams.plan import Act, Plan
 from supervisor.streams.pools import HEAVY_BYTES, NEVER, Bound, Pool, Pools
 from supervisor.streams.process_memory import Pressure, memory_limit, resident_bytes
 from supervisor.streams.report import MemoryStatistics, PoolStatistics, Reaped, ReapReport
@@ -46,7 +47,7 @@ from supervisor.streams.spec import Limits, MemoryPolicy, StreamSpec
 if TYPE_CHECKING:
     from supervisor.streams.stream import Stream
 
-__all__ = ["SLICE", "Act", "Holder", "MemoryManager"]
+__all__ = ["SLICE", "Holder", "MemoryManager"]
 
 SLICE = 64
 """Streams sealed between two checkpoints, wherever many are ended together."""
@@ -66,48 +67,6 @@ class Holder:
     """Given the time on trio's clock and a number, lets go of so many overdue pieces at most; tells how many it did."""
     spare: Callable[[int, int], int] | None = None
     """Given bytes and a number, gives up pieces until that was so many bytes, so many pieces at most; tells how many."""
-
-
-@attrs.frozen
-class Act:
-    """What is to be done to one stream, and why."""
-
-    stream: Stream
-    reason: str
-    message: str
-
-
-@attrs.define
-class _Plan:
-    """What a sweep has decided on so far and not done yet: taken off all figures."""
-
-    gone: set[str] = attrs.field(factory=set)
-    spilled: set[str] = attrs.field(factory=set)
-    counts: dict[Pool, int] = attrs.field(factory=dict)
-    freed: dict[Pool, int] = attrs.field(factory=dict)
-    spared: int = 0
-
-    def reap(self, stream: Stream) -> None:
-        self.gone.add(stream.id)
-        rest = self.held(stream)
-        for pool in stream.pools:
-            self.counts[pool] = self.counts.get(pool, 0) + 1
-            self.freed[pool] = self.freed.get(pool, 0) + rest
-
-    def spill(self, stream: Stream) -> None:
-        self.spilled.add(stream.id)
-        freed = stream.spillable_bytes
-        for pool in stream.pools:
-            self.freed[pool] = self.freed.get(pool, 0) + freed
-
-    def held(self, stream: Stream) -> int:
-        return stream.bytes_held - (stream.spillable_bytes if stream.id in self.spilled else 0)
-
-    def live(self, pool: Pool) -> int:
-        return len(pool) - self.counts.get(pool, 0)
-
-    def nbytes(self, pool: Pool) -> int:
-        return pool.nbytes - self.freed.get(pool, 0)
 
 
 class MemoryManager:
@@ -369,7 +328,7 @@ class MemoryManager:
         await trio.lowlevel.checkpoint()
         now = trio.current_time()
         done: list[tuple[Act, Reaped]] = []
-        plan = _Plan()
+        plan = Plan()
         if not dry_run:
             self._sweeps += 1
             await self._tend(now)
@@ -386,7 +345,7 @@ class MemoryManager:
                 if dry_run or self._done(act):
                     done.append((act, entry))
             if not dry_run:
-                plan = _Plan()
+                plan = Plan()
                 self._set_alarm()
             await trio.lowlevel.checkpoint()
             if not dry_run and trio.current_time() - now > self._policy.sweep_every_s:
@@ -472,7 +431,7 @@ class MemoryManager:
 
     # --- the plan: changes nothing but its own notes ------------------------------------------------------------------
 
-    def _slice(self, now: float, plan: _Plan) -> list[Act]:
+    def _slice(self, now: float, plan: Plan) -> list[Act]:
         """Return what is to be done next, not more than a slice."""
         acts: list[Act] = []
         cost = 0
@@ -484,7 +443,7 @@ class MemoryManager:
                     break
         return acts
 
-    def _acts(self, now: float, plan: _Plan) -> Generator[Act, None, None]:
+    def _acts(self, now: float, plan: Plan) -> Generator[Act, None, None]:
         yield from self._by_age(now, plan)
         yield from self._by_staleness(now, plan)
         yield from self._by_own_bytes(plan)
@@ -496,7 +455,7 @@ class MemoryManager:
             if not plan.gone and not plan.spilled:
                 self._over.pop(pool, None)
 
-    def _by_age(self, now: float, plan: _Plan) -> Iterator[Act]:
+    def _by_age(self, now: float, plan: Plan) -> Iterator[Act]:
         limit = self._policy.max_age_s
         if limit is None:
             return
@@ -509,7 +468,7 @@ class MemoryManager:
                 plan.reap(stream)
                 yield Act(stream, "reaped_age", f"max_age_s: {age:.3f} s old; the limit is {limit:g} s")
 
-    def _by_staleness(self, now: float, plan: _Plan) -> Iterator[Act]:
+    def _by_staleness(self, now: float, plan: Plan) -> Iterator[Act]:
         limit = self._policy.stale_s
         if limit is None:
             return
@@ -533,7 +492,7 @@ class MemoryManager:
             for stream in due:  # until they have gone
                 self._stale.arm(stream, stream.last_event_at + limit, stream.number)
 
-    def _by_own_bytes(self, plan: _Plan) -> Iterator[Act]:
+    def _by_own_bytes(self, plan: Plan) -> Iterator[Act]:
         for stream in tuple(self._oversize.values()):
             self._looked_at += 1
             held, limit = stream.bytes_held, self._stream_alarm
@@ -548,7 +507,7 @@ class MemoryManager:
                 plan.reap(stream)
                 yield Act(stream, "reaped_bytes", message)
 
-    def _by_count(self, pool: Pool, plan: _Plan) -> Iterator[Act]:
+    def _by_count(self, pool: Pool, plan: Plan) -> Iterator[Act]:
         """End those that are too many: only after the policy was changed, for a start makes room before there are."""
         for bound in pool.count_bounds:
             busy = plan.live(pool)
@@ -560,7 +519,7 @@ class MemoryManager:
                 plan.reap(stream)
                 yield Act(stream, "reaped_count", message)
 
-    def _by_bytes(self, pool: Pool, plan: _Plan) -> Iterator[Act]:
+    def _by_bytes(self, pool: Pool, plan: Plan) -> Iterator[Act]:
         bound = pool.bytes_bound
         if bound is None or bound.action == "reject":
             return
@@ -578,7 +537,7 @@ class MemoryManager:
             needed=lambda: plan.nbytes(pool) > bound.limit,
         )
 
-    def _by_pressure(self, plan: _Plan) -> Iterator[Act]:
+    def _by_pressure(self, plan: Plan) -> Iterator[Act]:
         pressure, action = self._pressure, self._policy.at_process_high
         if not pressure.on or action == "reject":
             return
@@ -598,7 +557,7 @@ class MemoryManager:
             needed=lambda: held - plan.nbytes(self.live) < self._round_bytes and plan.live(self.live) > most,
         )
 
-    def _spills(self, pool: Pool, plan: _Plan, message: str, needed: Callable[[], bool]) -> Iterator[Act]:
+    def _spills(self, pool: Pool, plan: Plan, message: str, needed: Callable[[], bool]) -> Iterator[Act]:
         for stream in pool.heavy.values():
             if not needed():
                 return
@@ -608,7 +567,7 @@ class MemoryManager:
                 yield Act(stream, "spilled", message)
 
     def _reaps(
-        self, pool: Pool, plan: _Plan, action: str, told: tuple[str, str], *, needed: Callable[[], bool]
+        self, pool: Pool, plan: Plan, action: str, told: tuple[str, str], *, needed: Callable[[], bool]
     ) -> Iterator[Act]:
         while needed() and (first := pool.first(action, plan.gone, SLICE)):
             for stream in first:
