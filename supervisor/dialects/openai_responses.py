@@ -17,15 +17,10 @@ is not part of the answer. Events of unknown types mean nothing.
 
 **How it ends.** Only by `response.completed`, `.incomplete` or `.cancelled`: the finish reason is the status, or why it is
 incomplete. `response.failed`, an event `error`, and an error in any other event are that error and nothing else.
-
-**Sequence numbers.** A background response can be asked for again from an event on, and the same reader goes on with what
-comes. Some imitations repeat events that were seen: an event whose number is not above the last is a repetition, unless
-the numbers prove to be none (the same for different events, or beginning again with another event than at first).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -36,7 +31,6 @@ from supervisor.dialects.base import Delta, ToolCallDelta, UnparseableError
 from supervisor.dialects.dialect import Asking, Dialect, Endings, named_model
 from supervisor.dialects.faults import error_fault, find_fault, flat_fault, http_fault, shown
 from supervisor.dialects.openai_response_items import (
-    MAX_INDEX,
     MAX_LABEL_CHARS,
     ArgumentsDelta,
     Kind,
@@ -57,6 +51,7 @@ from supervisor.dialects.openai_response_items import (
     usage_of,
     whole_item,
 )
+from supervisor.dialects.openai_response_numbers import EventNumbers
 from supervisor.dialects.openai_responses_asking import cancel, resume, retrieve, retrieved_usage
 from supervisor.dialects.tool_calls import MAX_CALLS
 
@@ -66,10 +61,6 @@ MAX_ITEMS = 1024
 """How many items are remembered. Past it repetitions can no longer be told from news, and only deltas are taken."""
 MAX_PARTS = 4096
 """How many parts of items are remembered, with the same consequence."""
-
-
-MAX_LAST_BYTES = 4096
-"""Up to this length the last event is remembered as it is, to tell its repetition."""
 
 
 class _Item:
@@ -107,8 +98,6 @@ class _ResponseReader:
         "_by_index",
         "_calls",
         "_finish_reason",
-        "_first_number",
-        "_first_type",
         "_full",
         "_hot_id",
         "_hot_index",
@@ -117,10 +106,8 @@ class _ResponseReader:
         "_hot_part",
         "_items",
         "_last",
-        "_last_data",
         "_model",
-        "_number",
-        "_numbered",
+        "_numbers",
         "_parts",
         "_response_id",
     )
@@ -143,11 +130,7 @@ class _ResponseReader:
         self._model: str | None = None
         self._response_id: str | None = None
         self._finish_reason: str | None = None
-        self._numbered = True
-        self._number = -1
-        self._last_data = b""
-        self._first_number = -1
-        self._first_type = ""
+        self._numbers = EventNumbers()
 
     def read(self, data: bytes, event: str = "message") -> tuple[Delta, ...]:
         """Say what one event means. Raises UnparseableError, and is then as it was before."""
@@ -157,8 +140,8 @@ class _ResponseReader:
             wire = decode_delta(data)
         except (ValueError, RecursionError):
             return self._read_tolerant(data, event)
-        number = wire.sequence_number
-        if number is not None and number <= self._number and self._is_repeated(number, data, type(wire)):
+        number, numbers = wire.sequence_number, self._numbers
+        if number is not None and number <= numbers.last and numbers.is_repeated(number, data, type(wire)):
             return ()
         text = wire.delta
         delta: Delta | None = None
@@ -180,7 +163,7 @@ class _ResponseReader:
             else:
                 delta = Delta("", text)
         if number is not None:
-            self._count(number, data, type(wire))
+            numbers.count(number, data, type(wire))
         return () if delta is None else (delta,)
 
     def ending(self) -> str | None:
@@ -190,7 +173,7 @@ class _ResponseReader:
     @property
     def last_number(self) -> int | None:
         """The last sequence number; None if there is none, or they are not to be relied on."""
-        return self._number if self._numbered and self._number >= 0 else None
+        return self._numbers.reliable_last
 
     def _read_error(self, data: bytes) -> tuple[Delta, ...]:
         value: Any
@@ -227,39 +210,15 @@ class _ResponseReader:
         number = value.get("sequence_number")
         if not isinstance(number, int) or isinstance(number, bool):
             number = None
-        if number is not None and number <= self._number and self._is_repeated(number, data, kind):
+        numbers = self._numbers
+        if number is not None and number <= numbers.last and numbers.is_repeated(number, data, kind):
             return ()
         read = _EVENTS.get(kind)
         deltas = () if read is None else read(self, value)
         self._hot_index = None
         if number is not None:
-            self._count(number, data, kind)
+            numbers.count(number, data, kind)
         return deltas
-
-    # --- numbers ---
-
-    def _is_repeated(self, number: int, data: bytes, kind: str | type[WireDelta]) -> bool:
-        """Whether an event, whose number is not above the last, was seen before."""
-        if not self._numbered or number < 0:
-            return False
-        if number == self._number:
-            return _kept_data(data) == self._last_data
-        if number == self._first_number:
-            return _type_name(kind) == self._first_type
-        return number > self._first_number
-
-    def _count(self, number: int, data: bytes, kind: str | type[WireDelta]) -> None:
-        if not self._numbered:
-            return
-        if number <= self._number or number > MAX_INDEX:
-            self._numbered = False
-            return
-        if self._first_number < 0:
-            self._first_number = number
-            self._first_type = _type_name(kind)[:MAX_LABEL_CHARS]
-        self._number = number
-        # Nearly every event is short, and a call would cost more than the comparison.
-        self._last_data = data if len(data) <= MAX_LAST_BYTES else _kept_data(data)
 
     # --- items ---
 
@@ -566,17 +525,8 @@ def _restated(field: str, text: str) -> Delta:
     return msgspec.structs.replace(_delta(field, text), restated=True)
 
 
-def _kept_data(data: bytes) -> bytes:
-    """Return what an event is remembered by: itself, or the digest of a long one."""
-    return data if len(data) <= MAX_LAST_BYTES else hashlib.blake2b(data, digest_size=32).digest()
-
-
 def _prompt(prompt: str, model: str | None) -> Mapping[str, Any]:
     return {"model": named_model(model), "input": prompt}
-
-
-def _type_name(kind: str | type[WireDelta]) -> str:
-    return kind if isinstance(kind, str) else str(kind.__struct_config__.tag)
 
 
 OPENAI_RESPONSES: Final = Dialect(
