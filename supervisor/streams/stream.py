@@ -36,13 +36,9 @@ import attrs
 import trio
 
 from supervisor.dialects import Delta, Dialect, Fault, Fold, Snapshot, Usage
-from supervisor.errors import (
-    AdmissionError,
-    StoreError,
-    StreamSealedError,
-    SupervisorError,
-)
+from supervisor.errors import AdmissionError, StoreError, SupervisorError
 from supervisor.stores.base import Event
+from supervisor.streams import raised
 from supervisor.streams.attempts import AttemptRecord, Refold, Withdrawal, climb
 from supervisor.streams.bill import TokenBudget, billed
 from supervisor.streams.clocks import ClockKind, Clocks, Phase
@@ -459,16 +455,9 @@ class Stream:
 
     def _source_raised(self, error: BaseException) -> BaseException | None:
         """Seal by what the source raised, and return the part of it that is not the source's own."""
-        ours: BaseException | None
-        theirs: BaseException | None
-        if isinstance(error, BaseExceptionGroup):
-            ours, theirs = error.split(Exception)
-        elif isinstance(error, Exception):
-            ours, theirs = error, None
-        else:
-            ours, theirs = None, error
-        if ours is not None and not (self._lifecycle.sealed and _only_sealed(ours, self.id)):
-            message = _told(ours)
+        ours, theirs = raised.split(error)
+        if ours is not None and not (self._lifecycle.sealed and raised.is_only_sealed(ours, self.id)):
+            message = raised.told(ours)
             if self._seal(Verdict(state=State.FAILED, reason="source_error", message=message)):
                 _log.warning("stream %s: its source raised: %s", self.id, message, exc_info=ours)
             else:
@@ -598,7 +587,9 @@ class Stream:
                 failure = error
             except Exception as error:  # noqa: BLE001  # whatever a store raises, it is this stream's trouble and no other's
                 _log.exception("stream %s: its outcome could not be recorded", self.id)
-                failure = StoreError(f"stream {self.id}: its outcome could not be recorded: {_told(error)}")
+                failure = StoreError(
+                    f"stream {self.id}: its outcome could not be recorded: {raised.told(error)}"
+                )
         self._clocks.stop()
         self._supervisor.watchdog.discard(self)
         self._source = None
@@ -791,21 +782,3 @@ class Stream:
     async def follow_durability(self) -> None:
         """Show readers what becomes durable, for `delivery="durable"`."""
         await self._journal.follow_durability()
-
-
-def _only_sealed(error: BaseException, stream_id: str) -> bool:
-    """Whether an error is nothing but the sign that this stream had been sealed."""
-    if isinstance(error, BaseExceptionGroup):
-        return all(_only_sealed(part, stream_id) for part in error.exceptions)
-    return isinstance(error, StreamSealedError) and error.stream_id == stream_id
-
-
-def _told(error: BaseException) -> str:
-    """Say what an exception is, in one line: of a group, its parts."""
-    if isinstance(error, BaseExceptionGroup):
-        return "; ".join(_told(part) for part in error.exceptions)
-    try:
-        text = str(error)
-    except Exception:  # noqa: BLE001  # an exception that cannot say what it is still has a name
-        text = "(it cannot be shown)"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
