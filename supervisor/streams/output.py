@@ -48,6 +48,7 @@ class Output:
         "_store",
         "_stream",
         "_streaming",
+        "_tally",
         "_undurable",
         "_withdraws",
         "id",
@@ -62,6 +63,7 @@ class Output:
         self._store = stream._supervisor.store  # noqa: SLF001
         self._lifecycle = stream._lifecycle  # noqa: SLF001
         self._max_event_bytes = stream._max_event_bytes  # noqa: SLF001
+        self._tally = stream._tally  # noqa: SLF001
         self._undurable = stream._undurable  # noqa: SLF001
         self._streaming = False
         self._begun = False  # whether the answer, as it stands, has anything of the upstream in it
@@ -136,9 +138,7 @@ class Output:
             record["dropped"] = dropped
         stream = self._stream
         self._journal.add(time.time(), "attempt", msgspec.json.encode(record))
-        if rung is not None:
-            stream._rungs.append(rung)  # noqa: SLF001
-        stream._attempts = number  # noqa: SLF001
+        self._tally.attempt(number, rung)
         stream._marked = None  # noqa: SLF001
         self._streaming = False
         self._joins = AttemptRecord(number, rung, dropped) if rung == "continuation" else None
@@ -150,7 +150,7 @@ class Output:
         """Begin a new epoch: what was received before this attempt is no longer part of the answer."""
         journal = self._journal
         told = Withdrawal(
-            attempt=self._stream._attempts,  # noqa: SLF001
+            attempt=self._tally.attempts,
             first=journal.epoch_starts[-1][1],
             last=journal.tail_seq,
         )
@@ -204,7 +204,7 @@ class Output:
         if begins:
             self._streaming = self._begun = True
             self._stream._enter(State.STREAMING, "idle")  # noqa: SLF001
-        self._stream._events += 1  # noqa: SLF001
+        self._tally.events += 1
 
     def skip(self, payload: bytes, why: str) -> None:
         """Count and journal a payload that could not be read."""
@@ -218,7 +218,7 @@ class Output:
             self._withdraw()
         self._journal.add(time.time(), "skipped", msgspec.json.encode(record))
         self._begun = True
-        self._stream._skipped += 1  # noqa: SLF001
+        self._tally.skipped += 1
 
     def touch(self) -> None:
         """Note that the upstream shows life without an event."""
@@ -275,13 +275,11 @@ class Output:
 
         With requests before it that had begun to answer, it is a part of the sum.
         """
-        whole = all(rung in ("retry", "sequence") for rung in self._stream._rungs)  # noqa: SLF001
-        reported = usage if whole else usage.plus(self._fold.spent)
-        self._stream._reported_usage = (reported, "exact" if whole else "provider_partial")  # noqa: SLF001
+        self._tally.report_usage(usage, self._fold)
 
     def cleanup_failed(self, why: str) -> None:
         """Have the outcome say what went wrong after the seal. It changes nothing about the ending."""
-        self._stream.cleanup_error = why
+        self._tally.cleanup_error = why
 
     @property
     def tail_seq(self) -> int:

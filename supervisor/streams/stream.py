@@ -35,12 +35,12 @@ from typing import TYPE_CHECKING
 import attrs
 import trio
 
-from supervisor.dialects import Delta, Dialect, Fault, Fold, Snapshot, Usage
+from supervisor.dialects import Delta, Dialect, Fault, Fold, Snapshot
 from supervisor.errors import AdmissionError, StoreError, SupervisorError
 from supervisor.stores.base import Event
 from supervisor.streams import raised
 from supervisor.streams.attempts import AttemptRecord, Refold, Withdrawal, climb
-from supervisor.streams.bill import TokenBudget, billed
+from supervisor.streams.bill import TokenBudget
 from supervisor.streams.clocks import ClockKind, Clocks, Phase
 from supervisor.streams.journal import Cursor, Journal
 from supervisor.streams.lifecycle import Lifecycle, Outcome, State, Verdict
@@ -49,6 +49,7 @@ from supervisor.streams.pools import NEVER, Pool
 from supervisor.streams.report import CancelOutcome, CancelResult, StreamInfo
 from supervisor.streams.spec import Source, StopMode, StreamSpec, check_stop
 from supervisor.streams.subscription import After, Subscription
+from supervisor.streams.tally import Tally
 
 if TYPE_CHECKING:
     from supervisor.streams.supervisor import Supervisor
@@ -69,41 +70,32 @@ class Stream:
     __slots__ = (
         "__weakref__",
         "_abort_wire",
-        "_attempts",
-        "_broken",
         "_budget",
         "_clocks",
         "_dialect",
-        "_events",
         "_finishing",
         "_fold",
         "_fold_bytes",
         "_held",
         "_journal",
         "_last_event",
-        "_left_at",
         "_lifecycle",
         "_marked",
         "_max_event_bytes",
         "_outcome",
         "_readers",
-        "_reported_usage",
         "_restored",
-        "_rungs",
         "_scope",
-        "_sealed_at",
         "_settled",
         "_shown",
-        "_skipped",
         "_source",
         "_spec",
         "_started",
         "_stop",
         "_supervisor",
+        "_tally",
         "_undurable",
-        "_unread",
         "_written",
-        "cleanup_error",
         "created_at",
         "id",
         "note_at",
@@ -155,7 +147,7 @@ class Stream:
         self._settled = trio.Event()
         self._started = now
         self._last_event = now
-        self._sealed_at: float | None = None
+        self._tally = Tally()
         self._stop: Verdict | None = None  # what a drain will end in
         self._budget: TokenBudget | None = None  # of the drain, if its tokens are limited
         self._marked: str | None = None
@@ -163,16 +155,6 @@ class Stream:
         self._written: Event | None = None  # the outcome as it was handed to the store
         self._outcome: Outcome | None = None
         self._readers = 0
-        self._left_at = 0  # how many events there were when the last reader left
-        self._unread = 0  # how many came after that, as of the seal
-        self._attempts = 0
-        self._rungs: list[str] = []  # of the attempts after the first
-        self._broken = False  # whether a request before the last one had begun to answer
-        self._reported_usage: tuple[Usage, str] | None = (
-            None  # what the provider stated when asked after the seal
-        )
-        self._events = 0
-        self._skipped = 0
         self._held = 0
         self.number = 0
         """Which one it is of those that the memory manager was given."""
@@ -181,7 +163,6 @@ class Stream:
         self.note_at = NEVER
         self._finishing = False
         self._restored = False
-        self.cleanup_error: str | None = None
 
     def __repr__(self) -> str:
         key = f" key={self.key!r}" if self.key is not None else ""
@@ -253,9 +234,9 @@ class Stream:
             ended_at=outcome.ended_at if outcome is not None else None,
             age_s=outcome.duration_s if outcome is not None else now - self._started,
             idle_s=None if outcome is not None else now - self._last_event,
-            attempts=outcome.attempts if outcome is not None else self._attempts,
-            events=outcome.events if outcome is not None else self._events,
-            skipped=outcome.skipped if outcome is not None else self._skipped,
+            attempts=outcome.attempts if outcome is not None else self._tally.attempts,
+            events=outcome.events if outcome is not None else self._tally.events,
+            skipped=outcome.skipped if outcome is not None else self._tally.skipped,
             readers=self._readers,
             bytes_held=self._held,
             tail_bytes=self._journal.tail_bytes,
@@ -461,7 +442,7 @@ class Stream:
             if self._seal(Verdict(state=State.FAILED, reason="source_error", message=message)):
                 _log.warning("stream %s: its source raised: %s", self.id, message, exc_info=ours)
             else:
-                self.cleanup_error = message
+                self._tally.cleanup_error = message
                 _log.warning(
                     "stream %s: its source raised after the seal: %s", self.id, message, exc_info=ours
                 )
@@ -470,8 +451,6 @@ class Stream:
         return theirs
 
     def _enter(self, state: State, phase: Phase | None) -> None:
-        if phase == "connect" and self._events and self._rungs[-1:] != ["sequence"]:
-            self._broken = True  # an attempt begins that does not go on with the response of the one before
         if not self._lifecycle.sealed:  # a sealed stream has one clock left: that of its cleanup
             self._lifecycle.advance(state)
             self._clocks.begin(phase, trio.current_time())
@@ -505,10 +484,10 @@ class Stream:
         """Decide the ending, first writer wins, and start the end: nothing is added from here on. No await inside."""
         if not self._lifecycle.seal(verdict):
             return False
-        self._sealed_at = time.time()
+        self._tally.sealed_at = time.time()
         try:
             self._hand_over_the_last()
-            self._unread = 0 if self._readers else self._events - self._left_at
+            self._tally.end(watched=self._readers > 0)
             self._journal.seal()
             self._clocks.stop()
             self._clocks.set("cleanup", trio.current_time() + self._supervisor.limits.cleanup_s)
@@ -544,7 +523,9 @@ class Stream:
                     self.id,
                     self._supervisor.limits.cleanup_s,
                 )
-                self.cleanup_error = f"the source did not end within {self._supervisor.limits.cleanup_s:g} s"
+                self._tally.cleanup_error = (
+                    f"the source did not end within {self._supervisor.limits.cleanup_s:g} s"
+                )
                 self._supervisor.spawn(self._finish)
         elif kind == "detach":
             self._seal(Verdict(state=State.CANCELLED, reason="detached"))
@@ -640,45 +621,16 @@ class Stream:
         self._weigh()
 
     def _conclude(self) -> Outcome:
-        verdict, sealed_at = self._lifecycle.verdict, self._sealed_at
+        verdict = self._lifecycle.verdict
         assert verdict is not None, "a stream finishes sealed"
-        assert sealed_at is not None, "a sealed stream has the time of its seal"
-        usage, quality = billed(
+        return self._tally.outcome(
+            verdict,
+            self._journal,
             self._fold,
-            completed=verdict.state is State.COMPLETED,
-            broken=self._broken,
-            estimate=self._dialect is not None and self._dialect.asking.estimate,
-            reported=self._reported_usage,
-        )
-        return Outcome(
-            id=self.id,
             key=self.key,
-            state=verdict.state,
-            reason=verdict.reason,
-            actor=verdict.actor,
-            message=verdict.message or self._incompleteness(),
-            fault=verdict.fault,
-            usage=usage,
-            usage_quality=quality,
-            attempts=self._attempts,
-            events=self._events,
-            skipped=self._skipped,
-            epoch=self._journal.epoch,
-            last_seq=self._journal.tail_seq + 1,
-            epoch_starts=self._journal.epoch_starts,
             started_at=self.created_at,
-            ended_at=sealed_at,
-            events_unread=self._unread,
-            rungs=tuple(self._rungs),
-            joined_at=self._fold.joined_at,
-            cleanup_error=self.cleanup_error,
+            estimate=self._dialect is not None and self._dialect.asking.estimate,
         )
-
-    def _incompleteness(self) -> str:
-        """Say of an answer that is called complete what may be missing from it."""
-        if not self._skipped:
-            return ""
-        return f"{self._skipped} events of the upstream could not be read, and are not in the answer"
 
     def restore(self, outcome: Outcome) -> None:
         """Become the ended stream that the store remembers."""
@@ -763,7 +715,7 @@ class Stream:
         self._readers -= 1
         self._supervisor.readers -= 1
         self._supervisor.memory.watched(self)
-        self._left_at = self._events
+        self._tally.left()
         if not self._lifecycle.sealed:
             self._arm_detach()
             self._supervisor.watchdog.arm(self)
