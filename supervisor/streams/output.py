@@ -58,13 +58,13 @@ class Output:
     def __init__(self, stream: Stream, nursery: trio.Nursery) -> None:
         self._stream = stream
         self._journal = stream._journal  # noqa: SLF001  # the source's half of the stream, as is all below
-        self._fold = stream._fold  # noqa: SLF001
+        self._fold = stream._answer.fold  # noqa: SLF001
         self._clocks = stream._clocks  # noqa: SLF001
         self._store = stream._supervisor.store  # noqa: SLF001
         self._lifecycle = stream._lifecycle  # noqa: SLF001
         self._max_event_bytes = stream._max_event_bytes  # noqa: SLF001
         self._tally = stream._tally  # noqa: SLF001
-        self._undurable = stream._undurable  # noqa: SLF001
+        self._undurable = stream._answer.undurable  # noqa: SLF001
         self._streaming = False
         self._begun = False  # whether the answer, as it stands, has anything of the upstream in it
         self._joins: AttemptRecord | None = None  # what the next event goes on from

@@ -28,21 +28,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import attrs
 import trio
 
-from supervisor.dialects import Delta, Dialect, Fault, Fold, Snapshot
+from supervisor.dialects import Dialect, Fault, Snapshot
 from supervisor.errors import AdmissionError, StoreError, SupervisorError
 from supervisor.stores.base import Event
 from supervisor.streams import raised
-from supervisor.streams.attempts import AttemptRecord, Refold, Withdrawal, climb
+from supervisor.streams.answer import UNDURABLE_BYTES, Answer, read_back
 from supervisor.streams.bill import TokenBudget
 from supervisor.streams.clocks import ClockKind, Clocks, Phase
-from supervisor.streams.journal import Cursor, Journal
+from supervisor.streams.journal import Journal
 from supervisor.streams.lifecycle import Lifecycle, Outcome, State, Verdict
 from supervisor.streams.output import Output
 from supervisor.streams.pools import NEVER, Pool
@@ -59,9 +58,6 @@ __all__ = ["Stream"]
 _log = logging.getLogger("supervisor.streams")
 
 _ENDED_TAIL_BYTES = 16 << 10
-_UNDURABLE_BYTES = 160  # what one event's deltas are accounted as, while they wait to be durable
-_SHORT_BYTES = 4 << 10  # an answer of this length is not worth a read of the store when somebody asks for it
-_PAGE = 256  # events folded between two checkpoints
 
 
 class Stream:
@@ -70,11 +66,11 @@ class Stream:
     __slots__ = (
         "__weakref__",
         "_abort_wire",
+        "_answer",
         "_budget",
         "_clocks",
         "_dialect",
         "_finishing",
-        "_fold",
         "_fold_bytes",
         "_held",
         "_journal",
@@ -87,14 +83,12 @@ class Stream:
         "_restored",
         "_scope",
         "_settled",
-        "_shown",
         "_source",
         "_spec",
         "_started",
         "_stop",
         "_supervisor",
         "_tally",
-        "_undurable",
         "_written",
         "created_at",
         "id",
@@ -135,13 +129,7 @@ class Stream:
             durable_delivery=spec.delivery == "durable",
             on_durable=self._show,
         )
-        self._fold = Fold()
-        # With `delivery="durable"` a second fold follows what is durable: it is what a snapshot shows.
-        durable = spec.delivery == "durable"
-        self._shown = Fold() if durable else self._fold
-        self._undurable: deque[tuple[int, tuple[Delta, ...] | AttemptRecord | Withdrawal]] | None = (
-            deque() if durable else None
-        )
+        self._answer = Answer(durable_delivery=spec.delivery == "durable")
         self._clocks = Clocks(spec.deadlines, now)
         self._scope = trio.CancelScope()
         self._settled = trio.Event()
@@ -280,28 +268,18 @@ class Stream:
         """
         if not self._lifecycle.sealed and self._journal.publish():  # so that its cursor is one to go on from
             self._published()
-        if self._restored or self._shown.spilled:
+        if self._restored or self._answer.shown.spilled:
             raise SupervisorError(
                 f"the answer of stream {self.id} is no longer in memory; use `await stream.read_snapshot()`"
             )
-        return self._shown.snapshot(epoch=self._journal.visible_epoch, seq=self._journal.visible_seq)
+        return self._answer.shown.snapshot(epoch=self._journal.visible_epoch, seq=self._journal.visible_seq)
 
     async def read_snapshot(self) -> Snapshot:
         """Return the fold, from memory or by reading the stored journal. Raises GapError if part of that is gone."""
         await trio.lowlevel.checkpoint()
-        if not (self._restored or self._shown.spilled):
+        if not (self._restored or self._answer.shown.spilled):
             return self.snapshot()
-        refold = Refold(self._supervisor.dialect(self.dialect))
-        cursor, last = Cursor(1, 0), self._journal.visible_seq
-        while cursor.seq < last:
-            events = self._journal.take(cursor.seq, _PAGE)
-            if not events:
-                events = await self._journal.fetch(cursor, _PAGE, texts=False)
-            for event in events:
-                refold.apply(event)
-                cursor = Cursor(event.epoch, event.seq)
-            await trio.lowlevel.checkpoint()
-        return refold.fold.snapshot(epoch=cursor.epoch, seq=cursor.seq)
+        return await read_back(self._journal, self._supervisor.dialect(self.dialect))
 
     async def recorded(self) -> None:
         """Wait until a crash can no longer lose that this stream was started. Raises StoreError."""
@@ -364,15 +342,15 @@ class Stream:
         self._clocks.shorten("drain", trio.current_time() + drain_s)
         self._supervisor.watchdog.arm(self)
         if drain_tokens is not None:
-            budget = TokenBudget(drain_tokens, self._fold)
-            if self._budget is None or drain_tokens < self._budget.left(self._fold):
+            budget = TokenBudget(drain_tokens, self._answer.fold)
+            if self._budget is None or drain_tokens < self._budget.left(self._answer.fold):
                 self._budget = budget
             self._look_at_budget(self._budget)
 
     def _look_at_budget(self, budget: TokenBudget) -> None:
         """Seal with the stop if its tokens are spent. An answer that has ended as far as seen takes none."""
         assert self._stop is not None, "a budget belongs to a stop"
-        if self._marked is None and not budget.left(self._fold):
+        if self._marked is None and not budget.left(self._answer.fold):
             self._seal(self._stop)
 
     async def stopped(self, verdict: Verdict, *, wait_s: float = 5.0) -> CancelResult:
@@ -430,7 +408,7 @@ class Stream:
         if self._marked is not None:
             return Verdict(state=State.COMPLETED, reason=self._marked)
         if self._supervisor.dialect(self.dialect).framing == "none":
-            return Verdict(state=State.COMPLETED, reason=self._fold.finish_reason or "done")
+            return Verdict(state=State.COMPLETED, reason=self._answer.fold.finish_reason or "done")
         fault = Fault(kind="truncated", message="the source ended without the answer's terminal marker")
         return Verdict(state=State.FAILED, reason="truncated", message=fault.message, fault=fault)
 
@@ -458,18 +436,18 @@ class Stream:
 
     def _published(self) -> None:
         self._last_event = self._clocks.touched = trio.current_time()
-        if self._fold.nbytes > self._fold_bytes:
-            self._fold.spill()
-            self._shown.spill()
+        if self._answer.fold.nbytes > self._fold_bytes:
+            self._answer.spill()
         self._weigh()
         if self._budget is not None:
             self._look_at_budget(self._budget)
 
     def _weigh(self) -> None:
         """Bring the account up to date. Once for a read: all that an event costs it is done where it is added."""
-        held = self._journal.tail_bytes + self._fold.nbytes
-        if self._undurable is not None:
-            held += self._shown.nbytes + len(self._undurable) * _UNDURABLE_BYTES
+        answer = self._answer
+        held = self._journal.tail_bytes + answer.fold.nbytes
+        if answer.undurable is not None:
+            held += answer.shown.nbytes + len(answer.undurable) * UNDURABLE_BYTES
         change = held - self._held
         self._held = held
         for pool in self.pools:
@@ -590,9 +568,7 @@ class Stream:
     def _announce(self, event: Event) -> None:
         """Show the ending, now that it is durable."""
         self._lifecycle.announce()
-        if self._undurable is not None:
-            self._undurable = None
-            self._shown = self._fold
+        self._answer.show_all()
         self._journal.failure = None
         self._journal.close(event)
         self._settled.set()
@@ -609,15 +585,7 @@ class Stream:
         return True
 
     def _show(self, durable_seq: int) -> None:
-        """Fold what has become durable into what a snapshot shows."""
-        waiting = self._undurable
-        while waiting and waiting[0][0] <= durable_seq:
-            told = waiting.popleft()[1]
-            if isinstance(told, AttemptRecord | Withdrawal):
-                climb(self._shown, told)
-            else:
-                for delta in told:
-                    self._shown.apply(delta)
+        self._answer.show(durable_seq)
         self._weigh()
 
     def _conclude(self) -> Outcome:
@@ -626,7 +594,7 @@ class Stream:
         return self._tally.outcome(
             verdict,
             self._journal,
-            self._fold,
+            self._answer.fold,
             key=self.key,
             started_at=self.created_at,
             estimate=self._dialect is not None and self._dialect.asking.estimate,
@@ -665,18 +633,13 @@ class Stream:
     @property
     def spillable_bytes(self) -> int:
         """Of that, what `spill` would let go of."""
-        folds = sum(fold.spillable_bytes for fold in self._long_folds())
-        return self._journal.tail_bytes - self._journal.pending_bytes + folds
+        return self._journal.tail_bytes - self._journal.pending_bytes + self._answer.spillable_bytes
 
     def spill(self) -> None:
         """Let go of what the store has: of the tail, and of the answer unless it is short. The stream goes on."""
         self._journal.spill()
-        for fold in self._long_folds():
-            fold.spill()
+        self._answer.spill_unless_short()
         self._weigh()
-
-    def _long_folds(self) -> set[Fold]:
-        return {fold for fold in (self._fold, self._shown) if fold.spillable_bytes > _SHORT_BYTES}
 
     @property
     def spec(self) -> StreamSpec:
