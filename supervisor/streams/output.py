@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import attrs
 import msgspec
 import trio
 
@@ -19,7 +18,6 @@ from supervisor.dialects import Delta, Fault, Snapshot, Usage
 from supervisor.dialects.native import encode
 from supervisor.errors import ConfigurationError
 from supervisor.streams.attempts import AttemptRecord, Rung, Withdrawal, climb
-from supervisor.streams.bill import TokenBudget
 from supervisor.streams.lifecycle import State, Verdict
 
 if TYPE_CHECKING:
@@ -158,9 +156,9 @@ class Output:
         journal.add(time.time(), "withdrawn", msgspec.json.encode(told))
         self._withdraws = False
         self._climb(told)
-        stream = self._stream
-        if stream._budget is not None:  # noqa: SLF001  # all that the fold holds from now on comes after the stop
-            stream._budget = TokenBudget(stream._budget.limit, self._fold)  # noqa: SLF001
+        drain = self._stream._drain  # noqa: SLF001
+        if drain is not None:
+            drain.begin_anew(self._fold)
 
     def _climb(self, record: AttemptRecord | Withdrawal) -> None:
         climb(self._fold, record)
@@ -249,16 +247,16 @@ class Output:
     @property
     def stopping(self) -> bool:
         """Whether somebody has asked for the stream to be stopped and lets the answer end by itself: make no new attempt."""
-        return self._stream._stop is not None  # noqa: SLF001
+        return self._stream._drain is not None  # noqa: SLF001
 
     def stop(self, fault: Fault | None) -> bool:
         """Seal the stream by the stop that was asked for: the upstream failed meanwhile (`fault`), or was not asked.
 
         True if this decided its ending.
         """
-        verdict = self._stream._stop  # noqa: SLF001
-        assert verdict is not None, "only for a stream that is stopping"
-        return self._stream._seal(verdict if fault is None else attrs.evolve(verdict, fault=fault))  # noqa: SLF001
+        drain = self._stream._drain  # noqa: SLF001
+        assert drain is not None, "only for a stream that is stopping"
+        return self._stream._seal(drain.verdict_with(fault))  # noqa: SLF001
 
     @property
     def abandoned(self) -> bool:
@@ -355,4 +353,5 @@ class Output:
         why = self._store.failing or "it is behind with what it was given before"
         message = f"the store could not take this stream's events for {held_s:g} s: {why}"
         verdict = Verdict(state=State.EXPIRED, reason="reaped_pressure", actor="store", message=message)
-        stream._seal(stream._stop or verdict)  # noqa: SLF001
+        drain = stream._drain  # noqa: SLF001
+        stream._seal(verdict if drain is None else drain.verdict)  # noqa: SLF001

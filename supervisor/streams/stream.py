@@ -14,10 +14,7 @@ ends without a seal, then how it ended is the verdict: an exception is `failed(s
 seals the stream as `cancelled(shutdown)` with the actor `parent`, and goes on unchanged after a bounded, shielded settling.
 
 **Stopping.** A cancel seals at once (*abort*), or lets the answer end by itself within a budget of time and of tokens (*drain*); one
-that does not say does what the dialect does, for whether an abort saves money is the provider's doing. A drain is no ending: it
-keeps a verdict at hand (`_stop`) and seals with it when a budget is spent, unless something else has sealed before. What
-completes while it drains has completed. An answer that has ended as far as seen (`_marked`) takes no more tokens: then only the
-time budget counts, and at its end the answer is complete.
+that does not say does what the dialect does, for whether an abort saves money is the provider's doing. See `drain.py`.
 
 **Settling.** Once the source has unwound (or after `Limits.cleanup_s` without it: then the watchdog settles the stream,
 and the task that will not end only keeps its own nursery), the outcome is written, waited for until durable, and only then
@@ -31,7 +28,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-import attrs
 import trio
 
 from supervisor.dialects import Dialect, Fault, Snapshot
@@ -41,6 +37,7 @@ from supervisor.streams import raised
 from supervisor.streams.answer import UNDURABLE_BYTES, Answer, read_back
 from supervisor.streams.bill import TokenBudget
 from supervisor.streams.clocks import ClockKind, Clocks, Phase
+from supervisor.streams.drain import Drain
 from supervisor.streams.journal import Journal
 from supervisor.streams.lifecycle import Lifecycle, Outcome, State, Verdict
 from supervisor.streams.output import Output
@@ -67,9 +64,9 @@ class Stream:
         "__weakref__",
         "_abort_wire",
         "_answer",
-        "_budget",
         "_clocks",
         "_dialect",
+        "_drain",
         "_finishing",
         "_fold_bytes",
         "_held",
@@ -86,7 +83,6 @@ class Stream:
         "_source",
         "_spec",
         "_started",
-        "_stop",
         "_supervisor",
         "_tally",
         "_written",
@@ -136,8 +132,7 @@ class Stream:
         self._started = now
         self._last_event = now
         self._tally = Tally()
-        self._stop: Verdict | None = None  # what a drain will end in
-        self._budget: TokenBudget | None = None  # of the drain, if its tokens are limited
+        self._drain: Drain | None = None
         self._marked: str | None = None
         self._abort_wire: Callable[[], None] | None = None  # set by a source that holds a wire
         self._written: Event | None = None  # the outcome as it was handed to the store
@@ -327,31 +322,28 @@ class Stream:
         if mode is None and self._dialect is not None:
             mode = self._dialect.stop
         if mode == "drain":
-            self._drain(verdict, drain_s, drain_tokens)
+            self._begin_drain(verdict, drain_s, drain_tokens)
         else:
             self._seal(verdict)
         return verdict
 
-    def _drain(self, verdict: Verdict, drain_s: float, drain_tokens: int | None) -> None:
+    def _begin_drain(self, verdict: Verdict, drain_s: float, drain_tokens: int | None) -> None:
         """Let the answer end by itself within the budgets; of several drains the tightest budgets hold."""
         if self._lifecycle.sealed:
             return
-        if self._stop is None:
-            self._stop = verdict
+        if self._drain is None:
+            self._drain = Drain(verdict)
             self._lifecycle.advance(State.STOPPING)
         self._clocks.shorten("drain", trio.current_time() + drain_s)
         self._supervisor.watchdog.arm(self)
         if drain_tokens is not None:
-            budget = TokenBudget(drain_tokens, self._answer.fold)
-            if self._budget is None or drain_tokens < self._budget.left(self._answer.fold):
-                self._budget = budget
-            self._look_at_budget(self._budget)
+            self._look_at_budget(self._drain.tighten(drain_tokens, self._answer.fold))
 
     def _look_at_budget(self, budget: TokenBudget) -> None:
         """Seal with the stop if its tokens are spent. An answer that has ended as far as seen takes none."""
-        assert self._stop is not None, "a budget belongs to a stop"
+        assert self._drain is not None, "a budget belongs to a drain"
         if self._marked is None and not budget.left(self._answer.fold):
-            self._seal(self._stop)
+            self._seal(self._drain.verdict)
 
     async def stopped(self, verdict: Verdict, *, wait_s: float = 5.0) -> CancelResult:
         """Wait at most `wait_s` for the outcome, and tell what the stop that `request_stop` returned came to."""
@@ -359,9 +351,11 @@ class Stream:
             await self._settled.wait()
         if self._journal.failure is not None:
             raise self._journal.failure
+        sealed, drain = self._lifecycle.verdict, self._drain
+        won = drain.decided(sealed) if drain is not None and drain.verdict is verdict else sealed is verdict
         outcome: CancelOutcome = "requested"
         if self._outcome is not None:
-            outcome = "won" if self._decided(verdict) else "already_terminal"
+            outcome = "won" if won else "already_terminal"
         return CancelResult(
             outcome=outcome,
             id=self.id,
@@ -369,13 +363,6 @@ class Stream:
             state=self.state,
             reason=self._outcome.reason if self._outcome is not None else None,
         )
-
-    def _decided(self, verdict: Verdict) -> bool:
-        """Whether a stop's verdict is the one that the stream ended by, perhaps with the fault that came upon it meanwhile."""
-        sealed = self._lifecycle.verdict
-        if sealed is None or sealed.fault is None or verdict is not self._stop:
-            return sealed is verdict
-        return attrs.evolve(sealed, fault=None) == verdict
 
     # --- the machinery -----------------------------------------------------------------------------------------------
 
@@ -439,8 +426,8 @@ class Stream:
         if self._answer.fold.nbytes > self._fold_bytes:
             self._answer.spill()
         self._weigh()
-        if self._budget is not None:
-            self._look_at_budget(self._budget)
+        if self._drain is not None and self._drain.budget is not None:
+            self._look_at_budget(self._drain.budget)
 
     def _weigh(self) -> None:
         """Bring the account up to date. Once for a read: all that an event costs it is done where it is added."""
@@ -510,8 +497,8 @@ class Stream:
         elif self._marked is not None:
             self._seal(Verdict(state=State.COMPLETED, reason=self._marked))
         elif kind == "drain":
-            assert self._stop is not None, "the drain clock runs for a stop"
-            self._seal(self._stop)
+            assert self._drain is not None, "the drain clock runs for a drain"
+            self._seal(self._drain.verdict)
         else:
             message = f"the {kind} deadline of {getattr(self._spec.deadlines, f'{kind}_s'):g} s passed"
             self._seal(Verdict(state=State.EXPIRED, reason=kind, message=message))
