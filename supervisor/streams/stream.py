@@ -31,8 +31,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from supervisor.dialects import Dialect, Fault, Snapshot
-from supervisor.errors import AdmissionError, StoreError, SupervisorError
-from supervisor.stores.base import Event
+from supervisor.errors import AdmissionError, SupervisorError
 from supervisor.streams import raised
 from supervisor.streams.answer import UNDURABLE_BYTES, Answer, read_back
 from supervisor.streams.bill import TokenBudget
@@ -43,6 +42,7 @@ from supervisor.streams.lifecycle import Lifecycle, Outcome, State, Verdict
 from supervisor.streams.output import Output
 from supervisor.streams.pools import NEVER, Pool
 from supervisor.streams.report import CancelOutcome, CancelResult, StreamInfo
+from supervisor.streams.settling import Settling
 from supervisor.streams.spec import Source, StopMode, StreamSpec, check_stop
 from supervisor.streams.subscription import After, Subscription
 from supervisor.streams.tally import Tally
@@ -67,7 +67,6 @@ class Stream:
         "_clocks",
         "_dialect",
         "_drain",
-        "_finishing",
         "_fold_bytes",
         "_held",
         "_journal",
@@ -75,17 +74,15 @@ class Stream:
         "_lifecycle",
         "_marked",
         "_max_event_bytes",
-        "_outcome",
         "_readers",
         "_restored",
         "_scope",
-        "_settled",
+        "_settling",
         "_source",
         "_spec",
         "_started",
         "_supervisor",
         "_tally",
-        "_written",
         "created_at",
         "id",
         "note_at",
@@ -128,15 +125,13 @@ class Stream:
         self._answer = Answer(durable_delivery=spec.delivery == "durable")
         self._clocks = Clocks(spec.deadlines, now)
         self._scope = trio.CancelScope()
-        self._settled = trio.Event()
+        self._settling = Settling(self._journal, supervisor.store)
         self._started = now
         self._last_event = now
         self._tally = Tally()
         self._drain: Drain | None = None
         self._marked: str | None = None
         self._abort_wire: Callable[[], None] | None = None  # set by a source that holds a wire
-        self._written: Event | None = None  # the outcome as it was handed to the store
-        self._outcome: Outcome | None = None
         self._readers = 0
         self._held = 0
         self.number = 0
@@ -144,7 +139,6 @@ class Stream:
         self.pools: tuple[Pool, ...] = ()
         """Where its bytes are counted. The memory manager's, as is `note_at`: from how many bytes on it wants to be told."""
         self.note_at = NEVER
-        self._finishing = False
         self._restored = False
 
     def __repr__(self) -> str:
@@ -186,7 +180,7 @@ class Stream:
     @property
     def outcome(self) -> Outcome | None:
         """The outcome, once it is durable."""
-        return self._outcome
+        return self._settling.outcome
 
     @property
     def epoch(self) -> int:
@@ -201,7 +195,7 @@ class Stream:
     def info(self) -> StreamInfo:
         """Describe the stream at this moment."""
         now = trio.current_time()
-        outcome = self._outcome
+        outcome = self._settling.outcome
         return StreamInfo(
             id=self.id,
             key=self.key,
@@ -245,15 +239,15 @@ class Stream:
 
     async def wait(self) -> Outcome:
         """Wait for the outcome. Raises StoreError if it could not be made durable. Cancelling the wait stops nothing."""
-        await self._settled.wait()
+        await self._settling.done.wait()
         if self._journal.failure is not None:
             raise self._journal.failure
-        assert self._outcome is not None, "a settled stream has an outcome or a store error"
-        return self._outcome
+        assert self._settling.outcome is not None, "a settled stream has an outcome or a store error"
+        return self._settling.outcome
 
     async def settled(self) -> None:
         """Wait until the outcome is durable, or could not be made so: `wait` tells which."""
-        await self._settled.wait()
+        await self._settling.done.wait()
 
     def snapshot(self) -> Snapshot:
         """Return the fold of everything received so far; with `delivery="durable"`, of everything durable.
@@ -348,20 +342,20 @@ class Stream:
     async def stopped(self, verdict: Verdict, *, wait_s: float = 5.0) -> CancelResult:
         """Wait at most `wait_s` for the outcome, and tell what the stop that `request_stop` returned came to."""
         with trio.move_on_after(wait_s):
-            await self._settled.wait()
+            await self._settling.done.wait()
         if self._journal.failure is not None:
             raise self._journal.failure
         sealed, drain = self._lifecycle.verdict, self._drain
         won = drain.decided(sealed) if drain is not None and drain.verdict is verdict else sealed is verdict
         outcome: CancelOutcome = "requested"
-        if self._outcome is not None:
+        if self._settling.outcome is not None:
             outcome = "won" if won else "already_terminal"
         return CancelResult(
             outcome=outcome,
             id=self.id,
             key=self.key,
             state=self.state,
-            reason=self._outcome.reason if self._outcome is not None else None,
+            reason=self._settling.outcome.reason if self._settling.outcome is not None else None,
         )
 
     # --- the machinery -----------------------------------------------------------------------------------------------
@@ -482,7 +476,7 @@ class Stream:
         """Act on a clock that ran out."""
         if self._lifecycle.sealed:
             self._clocks.stop()
-            if kind == "cleanup" and not self._finishing:
+            if kind == "cleanup" and not self._settling.begun:
                 _log.warning(
                     "stream %s: its source has not ended %g s after the seal; settling without it",
                     self.id,
@@ -514,61 +508,39 @@ class Stream:
     @trio.lowlevel.enable_ki_protection
     async def _finish(self) -> None:
         """Write the outcome, wait until it is durable, announce it. Once; shielded, and bounded by `settle_s`."""
-        if self._finishing:
+        settling = self._settling
+        if settling.begun:
             return
-        self._finishing = True
-        settle_s = self._supervisor.limits.settle_s
-        failure: StoreError | None = None
-        event: Event | None = None
-        outcome: Outcome | None = None
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + settle_s):
-            try:
-                outcome = self._conclude()
-                event = Event(outcome.epoch, outcome.last_seq, outcome.ended_at, "outcome", outcome.to_json())
-                self._journal.write_outcome(event, state=outcome.state.value, ended_at=outcome.ended_at)
-                self._written = event
-                await self._supervisor.store.wait_durable(self.id, event.seq)
-                self._outcome = outcome
-            except StoreError as error:
-                failure = error
-            except Exception as error:  # noqa: BLE001  # whatever a store raises, it is this stream's trouble and no other's
-                _log.exception("stream %s: its outcome could not be recorded", self.id)
-                failure = StoreError(
-                    f"stream {self.id}: its outcome could not be recorded: {raised.told(error)}"
-                )
+        settling.begun = True
+        failure = await settling.write(self._conclude, settle_s=self._supervisor.limits.settle_s)
         self._clocks.stop()
         self._supervisor.watchdog.discard(self)
         self._source = None
-        if self._outcome is not None and event is not None:
-            self._announce(event)
+        if failure is None:
+            self._announce()
         else:
-            if failure is None:
-                failure = StoreError(
-                    f"stream {self.id}: its outcome was not durable after {settle_s:g} s "
-                    f"({self._supervisor.store.failing or 'the store is behind'}); it is told when it is"
-                )
             _log.error("stream %s: its outcome could not be recorded: %s", self.id, failure)
             self._journal.fail(failure)
-            self._settled.set()
-            self._supervisor.stream_unrecorded(self, hopeless=self._written is None)
+            settling.done.set()
+            self._supervisor.stream_unrecorded(self, hopeless=settling.event is None)
 
-    def _announce(self, event: Event) -> None:
+    def _announce(self) -> None:
         """Show the ending, now that it is durable."""
+        event = self._settling.event
+        assert event is not None, "what is durable was written"
         self._lifecycle.announce()
         self._answer.show_all()
         self._journal.failure = None
         self._journal.close(event)
-        self._settled.set()
+        self._settling.done.set()
         self._let_go()
         self._supervisor.stream_settled(self)
 
     def announce_late(self) -> bool:
         """Announce an outcome that took longer than anybody was made to wait. False if it is not durable yet."""
-        event = self._written
-        if event is None or self._supervisor.store.durable_seq(self.id) < event.seq:
+        if not self._settling.has_come():
             return False
-        self._outcome = Outcome.from_json(event.payload)
-        self._announce(event)
+        self._announce()
         return True
 
     def _show(self, durable_seq: int) -> None:
@@ -590,12 +562,12 @@ class Stream:
     def restore(self, outcome: Outcome) -> None:
         """Become the ended stream that the store remembers."""
         self._restored = True
-        self._outcome = outcome
+        self._settling.outcome = outcome
         self._lifecycle.seal(Verdict(state=outcome.state, reason=outcome.reason))
         self._lifecycle.announce()
         self._clocks.stop()
         self._journal.restore(last_seq=outcome.last_seq, epoch_starts=outcome.epoch_starts)
-        self._settled.set()
+        self._settling.done.set()
 
     @property
     def last_event_at(self) -> float:
