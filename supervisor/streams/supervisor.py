@@ -36,7 +36,6 @@ from supervisor.errors import (
 )
 from supervisor.stores.base import Event, Store, StoredStream, StoreHealth
 from supervisor.streams.clocks import Watchdog
-from supervisor.streams.lifecycle import State
 from supervisor.streams.memory import SLICE, Holder, MemoryManager
 from supervisor.streams.recovery import interrupted, restored, restored_if_readable
 from supervisor.streams.report import (
@@ -47,6 +46,7 @@ from supervisor.streams.report import (
     StreamInfo,
     SupervisorStatistics,
 )
+from supervisor.streams.selection import Selection, check_exactly_one
 from supervisor.streams.spec import (
     CircuitReport,
     Deadlines,
@@ -278,7 +278,7 @@ class Supervisor:
 
     async def find(self, stream_id: str | None = None, *, key: str | None = None) -> Stream:
         """Return a stream by id or by key, from memory or from the store. Raises UnknownStreamError."""
-        _exactly_one(stream_id=stream_id, key=key)
+        check_exactly_one(stream_id=stream_id, key=key)
         try:
             stream = self.get(stream_id) if stream_id is not None else self.get_by_key(str(key))
         except UnknownStreamError:
@@ -299,7 +299,8 @@ class Supervisor:
         live: bool | None = None,
     ) -> builtins.list[StreamInfo]:
         """Describe the streams in memory that match every filter given, newest first."""
-        return [stream.info() for stream in self._select(states, labels, key, upstream, live)]
+        wanted = Selection(states=states, labels=labels, key=key, upstream=upstream)
+        return [stream.info() for stream in self._select(wanted, live=live)]
 
     async def history(
         self,
@@ -315,14 +316,14 @@ class Supervisor:
 
         The last id of a page is the next page's `before_id`.
         """
-        wanted = None if states is None else {State(state) for state in states}
+        wanted = Selection(states=states, labels=labels, key=key, upstream=upstream)
         found: dict[str, StreamInfo] = {}
-        for stream in self._select(wanted, labels, key, upstream, None):
+        for stream in self._select(wanted):
             if before_id is None or stream.id < before_id:
                 found[stream.id] = stream.info()
                 if len(found) >= limit:
                     break
-        stored_states = None if wanted is None else [state.value for state in wanted]
+        stored_states = None if wanted.states is None else [state.value for state in wanted.states]
         position, matched = before_id, 0
         while matched < limit:
             page = await self.store.list(before_id=position, states=stored_states, limit=limit)
@@ -331,7 +332,7 @@ class Supervisor:
                     matched += 1
                 elif stored.outcome is not None and not self._in_memory(stored.id):
                     again = restored_if_readable(self, stored, self._dialects)
-                    if again is not None and _matches(again, wanted, labels, key, upstream):
+                    if again is not None and wanted.matches(again):
                         found[again.id] = again.info()
                         matched += 1
             if len(page) < limit:
@@ -342,21 +343,13 @@ class Supervisor:
     def _in_memory(self, stream_id: str) -> bool:
         return stream_id in self._live or stream_id in self._settling or stream_id in self._finished
 
-    def _select(
-        self,
-        states: Iterable[str] | None,
-        labels: Mapping[str, str] | None,
-        key: str | None,
-        upstream: str | None,
-        live: bool | None,  # noqa: FBT001  # private; passed on by name-alike callers
-    ) -> builtins.list[Stream]:
-        wanted = None if states is None else {State(state) for state in states}
+    def _select(self, wanted: Selection, *, live: bool | None = None) -> builtins.list[Stream]:
         everything = [*self._live.values(), *self._settling.values()]
         if live is not True:
             everything += self._finished.values()
         if live is False:
             everything = [*self._finished.values()]
-        chosen = [stream for stream in everything if _matches(stream, wanted, labels, key, upstream)]
+        chosen = [stream for stream in everything if wanted.matches(stream)]
         chosen.sort(key=lambda stream: stream.id, reverse=True)
         return chosen
 
@@ -382,7 +375,7 @@ class Supervisor:
         start with it within `Limits.tombstone_s` ends at once as `cancelled(requested)`. Many streams are stopped in slices.
         """
         check_stop(mode, drain_s, drain_tokens)
-        _exactly_one(stream_id=stream_id, key=key, labels=labels, all_streams=all_streams or None)
+        check_exactly_one(stream_id=stream_id, key=key, labels=labels, all_streams=all_streams or None)
         if key is not None and key not in self._keys:
             StreamSpec(key=key)  # validates
             self._tombstones.bury(key, actor=actor, reason=reason, now=trio.current_time())
@@ -394,7 +387,8 @@ class Supervisor:
                 reason=reason, actor=actor, mode=mode, drain_s=drain_s, drain_tokens=drain_tokens
             )
             return [await stream.stopped(stop, wait_s=wait_s)]
-        chosen = [stream for stream in self._live.values() if _matches(stream, None, labels, None, None)]
+        wanted = Selection(labels=labels)
+        chosen = [stream for stream in self._live.values() if wanted.matches(stream)]
         stops = []
         for done, stream in enumerate(chosen, start=1):
             stop = stream.request_stop(
@@ -599,24 +593,3 @@ class Supervisor:
         await self._wait_idle()
         self._phase = "closed"
         self._nursery.cancel_scope.cancel(reason="the supervisor is closed")
-
-
-def _exactly_one(**selectors: object) -> None:
-    given = {name: value for name, value in selectors.items() if value is not None}
-    if len(given) != 1:
-        raise ConfigurationError("selector", given, f"exactly one of {', '.join(selectors)}")
-
-
-def _matches(
-    stream: Stream,
-    states: set[State] | None,
-    labels: Mapping[str, str] | None,
-    key: str | None,
-    upstream: str | None,
-) -> bool:
-    return (
-        (states is None or stream.state in states)
-        and (key is None or stream.key == key)
-        and (upstream is None or stream.upstream == upstream)
-        and (labels is None or all(stream.labels.get(name) == text for name, text in labels.items()))
-    )
