@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
 from supervisor.stores.base import StoreHealth, StoreStatistics
 from supervisor.streams.lifecycle import Outcome, State
+
+if TYPE_CHECKING:
+    from supervisor.streams.journal import Journal
+    from supervisor.streams.stream import Stream
+    from supervisor.streams.tally import Tally
 
 __all__ = [
     "CancelOutcome",
@@ -21,6 +26,7 @@ __all__ = [
     "Reaped",
     "StreamInfo",
     "SupervisorStatistics",
+    "describe",
 ]
 
 CancelOutcome = Literal["won", "already_terminal", "requested", "tombstoned"]
@@ -82,6 +88,38 @@ class StreamInfo:
     """The last event readers may see."""
     durable_seq: int
     outcome: Outcome | None
+
+
+def describe(stream: Stream, journal: Journal, tally: Tally, *, now: float, durable: int) -> StreamInfo:
+    """Describe a stream by its parts. durable: the last seq that the store has of it, while its journal is open."""
+    outcome, spec = stream.outcome, stream.spec
+    return StreamInfo(
+        id=stream.id,
+        key=spec.key,
+        state=stream.state,
+        reason=outcome.reason if outcome is not None else None,
+        tenant=spec.tenant,
+        upstream=spec.upstream,
+        dialect=spec.dialect,
+        labels=spec.labels,
+        meta=spec.meta,
+        delivery=spec.delivery,
+        created_at=stream.created_at,
+        ended_at=outcome.ended_at if outcome is not None else None,
+        age_s=outcome.duration_s if outcome is not None else now - stream.started,
+        idle_s=None if outcome is not None else now - stream.last_event_at,
+        attempts=outcome.attempts if outcome is not None else tally.attempts,
+        events=outcome.events if outcome is not None else tally.events,
+        skipped=outcome.skipped if outcome is not None else tally.skipped,
+        readers=stream.readers,
+        bytes_held=stream.bytes_held,
+        tail_bytes=journal.tail_bytes,
+        pending_bytes=journal.pending_bytes,
+        epoch=journal.epoch,
+        tail_seq=journal.visible_seq,
+        durable_seq=journal.visible_seq if journal.closed else min(durable, journal.visible_seq),
+        outcome=outcome,
+    )
 
 
 @attrs.frozen(kw_only=True)

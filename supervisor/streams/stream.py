@@ -41,7 +41,7 @@ from supervisor.streams.journal import Journal
 from supervisor.streams.lifecycle import Lifecycle, Outcome, State, Verdict
 from supervisor.streams.output import Output
 from supervisor.streams.pools import NEVER, Pool
-from supervisor.streams.report import CancelOutcome, CancelResult, StreamInfo
+from supervisor.streams.report import CancelOutcome, CancelResult, StreamInfo, describe
 from supervisor.streams.settling import Settling
 from supervisor.streams.spec import Source, StopMode, StreamSpec, check_stop
 from supervisor.streams.subscription import After, Subscription
@@ -194,36 +194,12 @@ class Stream:
 
     def info(self) -> StreamInfo:
         """Describe the stream at this moment."""
-        now = trio.current_time()
-        outcome = self._settling.outcome
-        return StreamInfo(
-            id=self.id,
-            key=self.key,
-            state=self.state,
-            reason=outcome.reason if outcome is not None else None,
-            tenant=self.tenant,
-            upstream=self.upstream,
-            dialect=self.dialect,
-            labels=self._spec.labels,
-            meta=self._spec.meta,
-            delivery=self._spec.delivery,
-            created_at=self.created_at,
-            ended_at=outcome.ended_at if outcome is not None else None,
-            age_s=outcome.duration_s if outcome is not None else now - self._started,
-            idle_s=None if outcome is not None else now - self._last_event,
-            attempts=outcome.attempts if outcome is not None else self._tally.attempts,
-            events=outcome.events if outcome is not None else self._tally.events,
-            skipped=outcome.skipped if outcome is not None else self._tally.skipped,
-            readers=self._readers,
-            bytes_held=self._held,
-            tail_bytes=self._journal.tail_bytes,
-            pending_bytes=self._journal.pending_bytes,
-            epoch=self._journal.epoch,
-            tail_seq=self._journal.visible_seq,
-            durable_seq=self._journal.visible_seq
-            if self._journal.closed
-            else min(self._supervisor.store.durable_seq(self.id), self._journal.visible_seq),
-            outcome=outcome,
+        return describe(
+            self,
+            self._journal,
+            self._tally,
+            now=trio.current_time(),
+            durable=self._supervisor.store.durable_seq(self.id),
         )
 
     def subscribe(
