@@ -575,6 +575,52 @@ def test_check_config_refuses_what_serve_refuses(shell: Shell, tmp_path: Path) -
     assert (code, f"--token-file: '{empty}' is not valid" in err) == (Exit.USAGE, True)
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("start u x --attempts 0", "argument --attempts: '0' is not a whole number from 1 to 100"),
+        ("start u x --key=", "argument --key: '' is not a name of 1 to 256 characters"),
+        ("start u x --deadline idle=-1", "'idle=-1': '-1' is not a number of seconds above 0, or none"),
+        ("start u x --deadline idle=0", "'0' is not a number of seconds above 0, or none"),
+        ("start u x --modle m", "usage: stream-supervisor start"),
+        ("start u x --modle=m", "unrecognized arguments: --modle=m; did you mean --model?"),
+        ("start u x y", "usage: stream-supervisor start"),
+        ("start u x --on-conflict atach", "; did you mean attach?"),
+        ("cancle u", "; did you mean cancel?"),
+        ("list --limit 0", "argument --limit: '0' is not a whole number of at least 1"),
+        ("cancel x --wait-s -1", "'-1' is not a number of seconds, 0 or more"),
+        (
+            "prune --store /nowhere --max-ended -1",
+            "--max-ended: -1 is not valid; expected a number, 0 or more\n",
+        ),
+        (
+            "health --url ws://127.0.0.1:99999",
+            "url: 'port 99999' is not valid; expected a URL with a port from 1 to",
+        ),
+        (
+            "start sim x --model sim/stall?after=abc",
+            "model field after: 'abc' is not valid; expected a value of type int",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_command_is_said(shell: Shell, argv: str, said: str) -> None:
+    """Each mistake is told with its option, its value and what would be right; or, misspelt, with what was meant."""
+    code, _, err = shell(*argv.split(" "))
+    assert code in {Exit.USAGE, Exit.NOT_COMPLETED}
+    assert said in err
+
+
+def test_tenants(shell: Shell) -> None:
+    """A stream is started for a tenant, shown with it, and listed by it; the column is there where a tenant is."""
+    mine, other = (shell.start("sim/ok", "--tenant", tenant) for tenant in ("acme", "other"))
+    assert re.search(r"^tenant +acme *$", shell("show", mine)[1], re.MULTILINE)
+    assert [row["id"] for row in shell.json("list", "--tenant", "acme")] == [mine]
+    shell("watch", other)
+    assert [row["id"] for row in shell.json("list", "--tenant", "other", "--ended")] == [other]
+    assert re.search(r"\bkey +tenant +lasted\b", shell("list", "--tenant", "acme")[1])
+    assert "tenant" not in shell("list", "--key", "nobody's")[1]
+
+
 def test_check_config_prints_groups_as_fields(shell: Shell, tmp_path: Path) -> None:
     """A list of tables is told field by field, like a table; a set in order."""
     path = tmp_path / "my.toml"

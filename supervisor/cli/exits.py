@@ -21,7 +21,8 @@ class Exit(enum.IntEnum):
 
 
 EXIT_TABLE = {
-    Exit.OK: "done; of start and watch: the stream completed, or was started with --detach",
+    Exit.OK: "done; of start and watch: the stream completed, or was started with --detach; "
+    "replay: every file was read, however its answer ended",
     Exit.FAILURE: "failed: the daemon reported an error, or could not start; demo: an outcome was not as expected",
     Exit.USAGE: "wrong usage or configuration; replay: a file that is not there, or a dialect that is nearly a known one "
     "(any other unknown one is read as generic)",

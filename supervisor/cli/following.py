@@ -107,6 +107,7 @@ async def _start(client: ControlClient, options: argparse.Namespace) -> int:
         prompt=options.prompt,
         model=options.model,
         key=options.key,
+        tenant=options.tenant,
         on_conflict=options.on_conflict,
         on_detach=_on_detach(options),
         deadlines=DeadlinesMessage(**dict(options.deadlines)),

@@ -46,9 +46,10 @@ async def _list(client: ControlClient, options: argparse.Namespace) -> int:
             labels=dict(options.labels) or None,
             key=options.key,
             upstream=options.upstream,
+            tenant=options.tenant,
             live=options.live,
             before=before,
-            limit=max(1, min(options.limit - len(found), _PAGE)),
+            limit=min(options.limit - len(found), _PAGE),
         )
         found += page.streams
         before = page.next

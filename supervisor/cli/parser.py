@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from supervisor.cli.exits import EXIT_TABLE
 
@@ -20,7 +22,10 @@ CONFIG_VARIABLE = "STREAM_SUPERVISOR_CONFIG"
 
 _STATES = ("pending", "connecting", "streaming", "stopping", "completed", "failed", "cancelled", "expired")
 _CLOCKS = ("connect", "first_event", "idle", "total")
+_MAX_NAME_CHARS = 256
 _RUNGS = ("sequence", "continuation", "restart")
+
+_INVALID_CHOICE = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)")
 
 Options = argparse.Namespace
 
@@ -44,7 +49,17 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-class _Command(argparse.ArgumentParser):
+class _Parser(argparse.ArgumentParser):
+    """A parser that names what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = _INVALID_CHOICE.search(message)
+        if wrong is not None:
+            message += _nearest(wrong[1], re.findall(r"[\w-]+", wrong[2]))
+        super().error(message)
+
+
+class _Command(_Parser):
     """A command's parser, which takes options and positional arguments in any order.
 
     argparse gives all positional arguments their values as soon as it meets the first of them: an optional PROMPT would
@@ -68,13 +83,22 @@ class _Command(argparse.ArgumentParser):
         if self.either is not None and all(getattr(options, name) is not None for name in self.either):
             argument, option = self.either
             self.error(f"argument --{option}: not allowed with argument {argument.upper()}")
+        if rest:  # here, as argparse would give the usage of the whole command line
+            known = list(self._option_string_actions)
+            near = _nearest(rest[0].partition("=")[0], known) if rest[0].startswith("-") else ""
+            self.error(f"unrecognized arguments: {' '.join(rest)}{near}")
         return options, rest
+
+
+def _nearest(given: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(given, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line; `options.run(options)` carries the command out."""
     codes = "\n".join(f"  {int(code):>3}  {meaning}" for code, meaning in EXIT_TABLE.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="stream-supervisor",
         description="Supervise token streams: start, watch, list and cancel them on a daemon that owns them.",
         epilog=f"exit codes:\n{codes}\n\n"
@@ -217,7 +241,10 @@ def _add_streams(commands: Any) -> None:
     start.add_argument(
         "--model", help="the model; wins over the one in --request. Most providers have to be told one"
     )
-    start.add_argument("--key", help="your name for this work: starting it again joins it")
+    start.add_argument("--key", type=_name, help="your name for this work: starting it again joins it")
+    start.add_argument(
+        "--tenant", type=_name, metavar="NAME", help="on whose behalf it runs, for limits and figures"
+    )
     start.add_argument("--on-conflict", choices=("attach", "reject", "replace"), default="attach")
     start.add_argument(
         "--label", type=_pair, action="append", default=[], metavar="NAME=VALUE", dest="labels"
@@ -231,7 +258,7 @@ def _add_streams(commands: Any) -> None:
         dest="deadlines",
         help=f"{', '.join(_CLOCKS)}; seconds, or none",
     )
-    start.add_argument("--attempts", type=int, metavar="N", help="how often to try, in all")
+    start.add_argument("--attempts", type=_count(100), metavar="N", help="how often to try, in all")
     start.add_argument(
         "--resume",
         type=_rungs,
@@ -273,15 +300,16 @@ def _add_streams(commands: Any) -> None:
     listing.add_argument(
         "--label", type=_pair, action="append", default=[], metavar="NAME=VALUE", dest="labels"
     )
-    listing.add_argument("--key")
-    listing.add_argument("--upstream", metavar="NAME")
+    listing.add_argument("--key", type=_name)
+    listing.add_argument("--upstream", type=_name, metavar="NAME")
+    listing.add_argument("--tenant", type=_name, metavar="NAME")
     live = listing.add_mutually_exclusive_group()
     live.add_argument("--live", action="store_true", default=None, help="only those that have not ended")
     live.add_argument(
         "--ended", action="store_false", dest="live", default=None, help="only those that have, in memory"
     )
     listing.add_argument("--before", metavar="ID", help="go on after this id: the next page")
-    listing.add_argument("--limit", type=int, default=100, metavar="N", help="at most so many (100)")
+    listing.add_argument("--limit", type=_count(), default=100, metavar="N", help="at most so many (100)")
     show = _client(
         commands, "show", "inspecting:show", "show a stream: what it is, how it ended, what it said"
     )
@@ -330,6 +358,8 @@ def _add_tools(commands: Any) -> None:
         "replay",
         "replaying:replay_files",
         "read recorded response bodies as a live stream would, without a daemon",
+        epilog="Exits with 0 once every file has been read, however its answer ended: that is its first line, or `state` and "
+        "`reason` with --json.",
     )
     replay.add_argument(
         "--dialect",
@@ -351,7 +381,7 @@ def _add_tools(commands: Any) -> None:
 
 def _selector(parser: _Command) -> None:
     parser.add_argument("id", nargs="?", metavar="ID")
-    parser.add_argument("--key", help="the stream with this key, in place of ID")
+    parser.add_argument("--key", type=_name, help="the stream with this key, in place of ID")
     parser.either = "id", "key"
 
 
@@ -382,13 +412,30 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _name(text: str) -> str:
+    if not 0 < len(text) <= _MAX_NAME_CHARS:
+        raise argparse.ArgumentTypeError(f"{text[:50]!r} is not a name of 1 to {_MAX_NAME_CHARS} characters")
+    return text
+
+
+def _count(most: int | None = None) -> Callable[[str], int]:
+    bounds = "of at least 1" if most is None else f"from 1 to {most}"
+
+    def count(text: str) -> int:
+        if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= (most or math.inf):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bounds}")
+        return int(text)
+
+    return count
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
     return value
 
 
@@ -397,7 +444,15 @@ def _deadline(text: str) -> tuple[str, float | None]:
     name = clock.removesuffix("_s").replace("-", "_")
     if not equals or name not in _CLOCKS:
         raise argparse.ArgumentTypeError(f"{text!r} is not CLOCK=S; the clocks are {', '.join(_CLOCKS)}")
-    return f"{name}_s", None if value == "none" else _seconds(value)
+    if value == "none":
+        return f"{name}_s", None
+    try:
+        seconds = _seconds(value)
+    except argparse.ArgumentTypeError:
+        seconds = 0.0
+    if not seconds:
+        raise argparse.ArgumentTypeError(f"{text!r}: {value!r} is not a number of seconds above 0, or none")
+    return f"{name}_s", seconds
 
 
 def _rungs(text: str) -> tuple[str, ...]:

@@ -47,7 +47,8 @@ def _rules(retention: RetentionConfig, options: argparse.Namespace) -> Retention
         )
     except ConfigurationError as error:
         option = error.field.rpartition(".")[2].removesuffix("_s").replace("_", "-")
-        raise ConfigurationError(f"--{option}", error.value, error.expected) from None
+        expected = error.expected.removesuffix(", or None for no limit")
+        raise ConfigurationError(f"--{option}", error.value, expected) from None
 
 
 def _tell(report: PruneReport, path: str, options: argparse.Namespace) -> None:

@@ -113,8 +113,13 @@ def fields_table(fields: Mapping[str, object]) -> Table:
 
 def streams_table(streams: Iterable[Any], *, after: str | None = None) -> Table:
     """Return the table of streams that `list` and `watch` show; `after` is the id of the next page, if there is one."""
+    shown = list(streams)
+    tenants = any(stream.tenant for stream in shown)
     made = table(
-        ("id", "state", "reason", "upstream", "key", "lasted", "events", "tries", "readers", "labels"),
+        (
+            *("id", "state", "reason", "upstream", "key", *["tenant"] * tenants),
+            *("lasted", "events", "tries", "readers", "labels"),
+        ),
         (
             (
                 stream.id,
@@ -122,13 +127,14 @@ def streams_table(streams: Iterable[Any], *, after: str | None = None) -> Table:
                 stream.reason or "",
                 stream.upstream or "",
                 stream.key or "",
+                *[stream.tenant or ""] * tenants,
                 duration(stream.age_s),
                 stream.events,
                 stream.attempts,
                 stream.readers,
                 " ".join(f"{name}={value}" for name, value in sorted(stream.labels.items())),
             )
-            for stream in streams
+            for stream in shown
         ),
     )
     if after is not None:

@@ -217,6 +217,7 @@ class ControlClient:
         labels: Mapping[str, str] | None = None,
         key: str | None = None,
         upstream: str | None = None,
+        tenant: str | None = None,
         live: bool | None = None,
         before: str | None = None,
         limit: int = 100,
@@ -228,6 +229,7 @@ class ControlClient:
             labels=None if labels is None else dict(labels),
             key=key,
             upstream=upstream,
+            tenant=tenant,
             live=live,
             before=before,
             limit=limit,
@@ -621,7 +623,9 @@ class _Address:
         try:
             port = parts.port
         except ValueError:
-            raise ConfigurationError("url", url, expected) from None
+            said = parts.netloc.rpartition(":")[2]
+            shown = f"port {said}" if said.isdecimal() else "(hidden)"
+            raise ConfigurationError("url", shown, "a URL with a port from 1 to 65535") from None
         if (
             parts.scheme not in {"ws", "wss"}
             or not parts.hostname

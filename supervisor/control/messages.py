@@ -245,6 +245,7 @@ class ListParams(_Params, frozen=True, kw_only=True):
     labels: Labels | None = None
     key: Name | None = None
     upstream: Name | None = None
+    tenant: Name | None = None
     live: bool | None = None
     before: Name | None = None
     limit: Annotated[int, msgspec.Meta(ge=1, le=500)] = 100

@@ -374,6 +374,7 @@ class Session:
                 labels=params.labels,
                 key=params.key,
                 upstream=params.upstream,
+                tenant=params.tenant,
                 before_id=params.before,
                 limit=wanted,
             )
@@ -383,6 +384,7 @@ class Session:
                 labels=params.labels,
                 key=params.key,
                 upstream=params.upstream,
+                tenant=params.tenant,
                 live=params.live,
             )
             if params.before is not None:

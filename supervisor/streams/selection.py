@@ -29,6 +29,7 @@ class Selection:
     """Which a stream has to have, whatever others it has."""
     key: str | None = None
     upstream: str | None = None
+    tenant: str | None = None
 
     def matches(self, stream: Stream) -> bool:
         """Whether a stream matches every filter."""
@@ -36,6 +37,7 @@ class Selection:
             (self.states is None or stream.state in self.states)
             and (self.key is None or stream.key == self.key)
             and (self.upstream is None or stream.upstream == self.upstream)
+            and (self.tenant is None or stream.tenant == self.tenant)
             and (
                 self.labels is None
                 or all(stream.labels.get(name) == text for name, text in self.labels.items())

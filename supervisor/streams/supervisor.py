@@ -296,10 +296,11 @@ class Supervisor:
         labels: Mapping[str, str] | None = None,
         key: str | None = None,
         upstream: str | None = None,
+        tenant: str | None = None,
         live: bool | None = None,
     ) -> builtins.list[StreamInfo]:
         """Describe the streams in memory that match every filter given, newest first."""
-        wanted = Selection(states=states, labels=labels, key=key, upstream=upstream)
+        wanted = Selection(states=states, labels=labels, key=key, upstream=upstream, tenant=tenant)
         return [stream.info() for stream in self._select(wanted, live=live)]
 
     async def history(
@@ -309,6 +310,7 @@ class Supervisor:
         labels: Mapping[str, str] | None = None,
         key: str | None = None,
         upstream: str | None = None,
+        tenant: str | None = None,
         before_id: str | None = None,
         limit: int = 100,
     ) -> builtins.list[StreamInfo]:
@@ -316,7 +318,7 @@ class Supervisor:
 
         The last id of a page is the next page's `before_id`.
         """
-        wanted = Selection(states=states, labels=labels, key=key, upstream=upstream)
+        wanted = Selection(states=states, labels=labels, key=key, upstream=upstream, tenant=tenant)
         found: dict[str, StreamInfo] = {}
         for stream in self._select(wanted):
             if before_id is None or stream.id < before_id:

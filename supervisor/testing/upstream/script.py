@@ -234,7 +234,8 @@ def script_for_model(model: str) -> Script | None:
                 value if types[field] is str else msgspec.convert(value, types[field], strict=False)
             )
         except msgspec.ValidationError as exc:
-            raise ConfigurationError(f"model field {field}", value, str(exc)) from None
+            expected = str(exc).partition(", got")[0].removeprefix("Expected ").replace("`", "")
+            raise ConfigurationError(f"model field {field}", value, f"a value of type {expected}") from None
     return Script(**fields)
 
 
