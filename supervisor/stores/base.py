@@ -12,7 +12,8 @@ Rules every implementation keeps (`tests/stores/` runs one suite over all of the
 - `end` is durable only together with, or after, everything enqueued before it for that stream.
 - Misuse is refused by the call itself: `create` of a stream that is being written, `append` or `end` of one that is not,
   anything after the outcome, and a seq that does not follow the last one raise StoreError and change nothing. What only
-  the stored data can tell (`create` with the id of a stream of an earlier run) is a StoreError from `wait_durable`.
+  the stored data can tell (`create` with the id of a stream of an earlier run) is a StoreError from `wait_durable`, and from then
+  on of `append` and `end`; `refusal` tells it too.
 - A stream that an earlier run left without an outcome is being written again as soon as `run` has started: `append` and
   `end` go on after its last stored seq.
 - The queue is bounded by back-pressure, not by loss: past `high_water_bytes` `congested` is true and sources wait in
@@ -33,6 +34,7 @@ import attrs
 import msgspec
 import trio
 
+from supervisor.errors import StoreError
 from supervisor.stores.retention import PruneReport, Retention
 
 __all__ = ["Event", "EventKind", "Store", "StoreHealth", "StoreStatistics", "StoredStream"]
@@ -183,6 +185,10 @@ class Store(Protocol):
 
         Raises StoreError if it cannot be made so. A cancel leaves nothing behind.
         """
+        ...
+
+    def refusal(self, stream_id: str) -> StoreError | None:
+        """Return why the records of a stream being written never will be, whatever becomes of the disk; None while that is not known."""
         ...
 
     def forget(self, stream_id: str) -> None:

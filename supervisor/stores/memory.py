@@ -174,6 +174,10 @@ class MemoryStore:
                 raise StoreError(f"stream {stream_id}: the store has stopped before seq {seq} was written")
             await position.wait_changed()
 
+    def refusal(self, stream_id: str) -> StoreError | None:
+        """Return why the records of a stream being written never will be; None while that is not known."""
+        return self._positions.refusal(stream_id)
+
     def forget(self, stream_id: str) -> None:
         """Drop the position of an ended stream; what is kept of it stays readable."""
         self._positions.forget(stream_id)

@@ -84,7 +84,7 @@ class Positions:
     def append(self, stream_id: str, events: Sequence[Event]) -> Position:
         """Advance a stream by events. Raises StoreError, and changes nothing, if they do not follow on."""
         position = self._by_id.get(stream_id)
-        if position is None or position.ended:
+        if position is None or position.ended or position.error is not None:
             position = self._writable(stream_id, "append")
         first, last = events[0].seq, events[-1].seq
         if first != position.last_seq + 1 or last != position.last_seq + len(events):
@@ -126,10 +126,14 @@ class Positions:
             position.forgotten = True
             self._drop_if_done(position)
 
+    def refusal(self, stream_id: str) -> StoreError | None:
+        """Return why a stream can never be written; None if it can, or has no position."""
+        position = self._by_id.get(stream_id)
+        return None if position is None else position.error
+
     def _drop_if_done(self, position: Position) -> None:
-        if not (position.forgotten and position.ended):
-            return
-        if position.durable >= position.last_seq or position.error is not None:
+        done = position.ended and position.durable >= position.last_seq
+        if position.forgotten and (done or position.error is not None):
             self._by_id.pop(position.stream_id, None)
 
     def _writable(self, stream_id: str, verb: str) -> Position:
@@ -141,4 +145,6 @@ class Positions:
             )
         if position.ended:
             raise StoreError(f"stream {stream_id}: {verb} after its outcome; nothing was written")
+        if position.error is not None:
+            raise StoreError(str(position.error)) from position.error
         return position

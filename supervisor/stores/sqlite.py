@@ -267,6 +267,10 @@ class SQLiteStore:
             with trio.move_on_after(left_s):
                 await position.wait_changed()
 
+    def refusal(self, stream_id: str) -> StoreError | None:
+        """Return why the records of a stream being written never will be; None while that is not known."""
+        return self._positions.refusal(stream_id)
+
     def forget(self, stream_id: str) -> None:
         """Drop the position of an ended stream, as soon as its outcome is durable."""
         self._positions.forget(stream_id)
@@ -372,8 +376,6 @@ class SQLiteStore:
             raise StoreError(f"the store {self.path} is closed; nothing was written")
 
     def _enqueue(self, write: Write) -> None:
-        if write.position.error is not None:
-            return  # wait_durable tells why
         if not self._queue:
             self._queued_since = time.monotonic()
             if not self._pending_records:

@@ -16,7 +16,7 @@ import trio
 
 from supervisor.dialects import Delta, Fault, Snapshot, Usage
 from supervisor.dialects.native import encode
-from supervisor.errors import ConfigurationError
+from supervisor.errors import ConfigurationError, StoreError
 from supervisor.streams.attempts import AttemptRecord, Rung, Withdrawal, climb
 from supervisor.streams.lifecycle import State, Verdict
 
@@ -317,8 +317,12 @@ class Output:
 
         False once the stream is sealed, or while the store is behind: then `await flow()` before reading on.
         """
-        if self._journal.publish():
-            self._stream._published()  # noqa: SLF001
+        try:
+            if self._journal.publish():
+                self._stream._published()  # noqa: SLF001
+        except StoreError as error:  # what cannot be recorded is not gone on with
+            self._stream._refused(str(error))  # noqa: SLF001
+            raise
         return not (self._lifecycle.sealed or self._store.congested)
 
     @property
@@ -351,7 +355,4 @@ class Output:
             self.complete(stream._marked)  # noqa: SLF001
             return
         why = self._store.failing or "it is behind with what it was given before"
-        message = f"the store could not take this stream's events for {held_s:g} s: {why}"
-        verdict = Verdict(state=State.EXPIRED, reason="reaped_pressure", actor="store", message=message)
-        drain = stream._drain  # noqa: SLF001
-        stream._seal(verdict if drain is None else drain.verdict)  # noqa: SLF001
+        stream._refused(f"the store could not take this stream's events for {held_s:g} s: {why}")  # noqa: SLF001

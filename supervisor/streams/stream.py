@@ -473,6 +473,11 @@ class Stream:
             message = f"the {kind} deadline of {getattr(self._spec.deadlines, f'{kind}_s'):g} s passed"
             self._seal(Verdict(state=State.EXPIRED, reason=kind, message=message))
 
+    def _refused(self, message: str) -> None:
+        """Seal by what the store says: it does not take what there is."""
+        verdict = Verdict(state=State.EXPIRED, reason="reaped_pressure", actor="store", message=message)
+        self._seal(verdict if self._drain is None else self._drain.verdict)
+
     def reaped(self, reason: str, message: str) -> bool:
         """Seal the stream for the memory manager. False if it had been sealed before."""
         return self._seal(Verdict(state=State.EXPIRED, reason=reason, actor="memory", message=message))
@@ -498,7 +503,14 @@ class Stream:
             _log.error("stream %s: its outcome could not be recorded: %s", self.id, failure)
             self._journal.fail(failure)
             settling.done.set()
-            self._supervisor.stream_unrecorded(self, hopeless=settling.event is None)
+            self._note_unrecorded()
+
+    def _note_unrecorded(self) -> None:
+        """Say that the outcome is not durable: it may be later, unless the store has refused it or was never given it."""
+        refusal = self._supervisor.store.refusal(self.id)
+        if refusal is not None:
+            self._journal.failure = refusal
+        self._supervisor.stream_unrecorded(self, hopeless=self._settling.event is None or refusal is not None)
 
     def _announce(self) -> None:
         """Show the ending, now that it is durable."""
@@ -513,8 +525,10 @@ class Stream:
         self._supervisor.stream_settled(self)
 
     def announce_late(self) -> bool:
-        """Announce an outcome that took longer than anybody was made to wait. False if it is not durable yet."""
+        """Announce an outcome that took longer than anybody was made to wait. False if it is not durable yet, or never will be."""
         if not self._settling.has_come():
+            if self._supervisor.store.refusal(self.id) is not None:
+                self._note_unrecorded()
             return False
         self._announce()
         return True
@@ -544,6 +558,11 @@ class Stream:
         self._clocks.stop()
         self._journal.restore(last_seq=outcome.last_seq, epoch_starts=outcome.epoch_starts)
         self._settling.done.set()
+
+    @property
+    def loss(self) -> str:
+        """Why the outcome could not be recorded; empty if it could."""
+        return "" if self._journal.failure is None else str(self._journal.failure)
 
     @property
     def last_event_at(self) -> float:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import builtins
 import itertools
 import logging
+import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
@@ -69,6 +70,7 @@ __all__ = ["Started", "Supervisor"]
 
 _log = logging.getLogger("supervisor.streams")
 _MAX_REASONS = 64  # distinct reasons counted for one state
+_LOST_TOLD_S = 300.0  # for how long health tells of an outcome that was lost
 _LATE_S = 1.0  # between two looks at outcomes that were not durable in time
 
 
@@ -121,6 +123,8 @@ class Supervisor:
         self._started = 0
         self._attached = 0
         self._ended: dict[str, dict[str, int]] = {}
+        self._lost = 0  # streams whose outcome will never be recorded
+        self._lost_last, self._lost_at = "", -math.inf
 
     def __repr__(self) -> str:
         return f"<Supervisor {self._phase}: {len(self._live)} live, {len(self._settling)} settling, {len(self._finished)} finished>"
@@ -483,6 +487,12 @@ class Supervisor:
         store = StoreHealth.of(self.store)
         if store.error is not None:
             problems.append(f"the store cannot write: {store.error}; starts are rejected")
+        if trio.current_time() - self._lost_at < _LOST_TOLD_S:
+            problems.append(
+                f"the outcomes of {self._lost} streams could not be recorded and never will be; the last: {self._lost_last}"
+            )
+        if self._unrecorded:
+            problems.append(f"{len(self._unrecorded)} outcomes are not durable yet and are overdue")
         if self.store.congested:
             problems.append(f"the store is behind by {store.lag_bytes} bytes; sources are held back")
         if len(self._live) >= self.limits.max_live and self.limits.when_full == "reject":
@@ -530,6 +540,10 @@ class Supervisor:
     def stream_unrecorded(self, stream: Stream, *, hopeless: bool) -> None:
         """Take note that an outcome could not be made durable in time: announce it when it is, unless that is `hopeless`."""
         if hopeless:
+            self._unrecorded.pop(stream.id, None)
+            self._lost += 1
+            self._lost_last = stream.loss
+            self._lost_at = trio.current_time()
             self.store.forget(stream.id)
             self.memory.settled(stream)
         else:

@@ -328,7 +328,7 @@ async def test_a_stream_that_cannot_be_written_costs_no_other(path):
 
 
 async def test_what_comes_after_a_refusal_is_discarded(path, disk):
-    """Records enqueued while, and after, their stream is refused do not reach the file, nor stay in the queue."""
+    """Records enqueued while their stream is refused do not reach the file, nor stay in the queue; later ones are not taken."""
     async with opened(SQLiteStore(path)) as store:
         write_ended(store, "s1", 1)
     async with opened(SQLiteStore(path, commit_interval_s=0)) as store:
@@ -339,10 +339,14 @@ async def test_what_comes_after_a_refusal_is_discarded(path, disk):
         store.create(head("s2"))
         disk.writes.set()
         await store.wait_durable("s2", 0)
-        store.append("s1", events(4, 4))
-        store.end("s1", event(5, kind="outcome"), state="failed", ended_at=1.0)
         with pytest.raises(StoreError, match="refuses"):
-            await store.wait_durable("s1", 5)
+            store.append("s1", events(4, 4))
+        with pytest.raises(StoreError, match="refuses"):
+            store.end("s1", event(4, kind="outcome"), state="failed", ended_at=1.0)
+        with pytest.raises(StoreError, match="refuses"):
+            await store.wait_durable("s1", 3)
+        assert "refuses" in str(store.refusal("s1"))
+        assert store.refusal("s2") is None
         assert (store.statistics().pending_records, store.statistics().pending_bytes) == (0, 0)
         assert len(await store.read("s1", after_seq=0, limit=9)) == 2
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import trio
 
-from supervisor import MemoryGroup, MemoryPolicy, Output, State, open_supervisor
+from supervisor import Limits, MemoryGroup, MemoryPolicy, Output, State, StoreError, open_supervisor
+from supervisor.stores import SQLiteStore
 from supervisor.streams import Holder
 from supervisor.streams.pools import Pools
+
+from .gated import GatedStore
 
 
 async def silent(out: Output) -> None:
@@ -113,3 +117,84 @@ async def test_no_stream_ends_for_what_others_hold(autojump_clock, action):
         beside = 0
         await big.cancel()
         await sup.cancel(all_streams=True)
+
+
+async def one_event(out: Output) -> None:
+    await out.send("x")
+
+
+@pytest.fixture
+async def refusing(tmp_path):
+    """A supervisor whose ids come again, over a store that has streams of these already."""
+    path = tmp_path / "s.db"
+    for last in (False, True):
+        ids = (f"id{number}" for number in range(1000))
+        limits = Limits(max_live=10, max_finished=1, settle_s=5)
+        store = SQLiteStore(path, synchronous="OFF")
+        async with open_supervisor(store=store, new_id=partial(next, ids), limits=limits) as sup:
+            if last:
+                yield sup
+            else:
+                for _ in range(4):
+                    await (await sup.start(one_event)).wait()
+
+
+async def test_a_stream_that_the_store_refuses_is_ended_and_let_go_of(refusing, caplog):
+    """It ends with its next event and says why; nothing of it is kept as live or as waiting, and health tells."""
+    sup = refusing
+    told: list[Exception] = []
+    go = trio.Event()
+
+    async def stubborn(out: Output) -> None:
+        await go.wait()
+        while True:
+            try:
+                await out.send("y" * 1000)
+            except Exception as error:  # noqa: BLE001  # as a program does that goes on whatever happens
+                told.append(error)
+
+    with trio.fail_after(20):
+        stream = await sup.start(stubborn)
+        with pytest.raises(StoreError, match="refuses its records"):
+            await stream.recorded()
+        go.set()
+        with pytest.raises(StoreError, match="refuses its records"):
+            await stream.wait()
+        quick = await sup.start(one_event)  # has ended before the store has said so
+        with pytest.raises(StoreError, match="refuses its records"):
+            await quick.wait()
+    figures = sup.statistics()
+    assert (figures.live, figures.settling, figures.unrecorded) == (0, 0, 0)
+    assert "refuses its records" in str(told[0])
+    assert stream.info().tail_bytes < 3000
+    assert sup.store.refusal(stream.id) is sup.store.refusal(quick.id) is None  # forgotten
+    assert any(
+        "2 streams could not be recorded" in problem and "id1" in problem for problem in sup.health().problems
+    )
+
+
+async def test_an_outcome_refused_late_is_not_waited_for(autojump_clock, caplog):
+    """One that is overdue is told of by health, and, once the store refuses it, no longer waited for."""
+
+    class Undecided(GatedStore):
+        refused: StoreError | None = None
+
+        def refusal(self, stream_id: str) -> StoreError | None:
+            return self.refused
+
+    store = Undecided()
+    async with open_supervisor(store=store, limits=Limits(settle_s=1)) as sup:
+        store.hold()
+        stream = await sup.start(one_event)
+        with pytest.raises(StoreError, match="not durable after 1 s"):
+            await stream.wait()
+        assert sup.statistics().unrecorded == 1
+        assert "1 outcomes are not durable yet" in str(sup.health().problems)
+        store.refused = StoreError("never")
+        await trio.sleep(3)
+        assert (sup.statistics().unrecorded, sup.statistics().settling) == (0, 0)
+        with pytest.raises(StoreError, match="never"):
+            await stream.wait()
+        await trio.sleep(301)
+        assert sup.health().problems == ()
+        store.release()
