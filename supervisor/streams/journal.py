@@ -139,16 +139,21 @@ class Journal:
 
     def add(self, at: float, kind: str, payload: bytes, name: str = "", text: str = "") -> None:
         """Put an event into the tail. Raises StreamSealedError once the stream is sealed, ConfigurationError if it is too big."""
-        if self._sealed:
-            raise StreamSealedError(self.stream_id)
         size = len(payload)
-        if size > self._max_event_bytes:
-            expected = f"at most {self._max_event_bytes} bytes (Limits.max_event_bytes), not {size}"
-            raise ConfigurationError("event", payload[:64], expected)
+        if self._sealed or size > self._max_event_bytes:
+            self.check_add(payload)
         tail = self._tail
         tail.append(Event(self.epoch, self._first + len(tail), at, kind, payload, name, text))
         self.tail_bytes += size + len(name) + len(text) + EVENT_OVERHEAD_BYTES
         self._unpublished += 1
+
+    def check_add(self, payload: bytes) -> None:
+        """Raise what `add` would, for who changes something before it."""
+        if self._sealed:
+            raise StreamSealedError(self.stream_id)
+        if len(payload) > self._max_event_bytes:
+            expected = f"at most {self._max_event_bytes} bytes (Limits.max_event_bytes), not {len(payload)}"
+            raise ConfigurationError("event", payload[:64], expected)
 
     def publish(self) -> bool:
         """Hand the new events to the store and wake the readers. False if there were none."""

@@ -152,8 +152,10 @@ class Output:
             first=journal.epoch_starts[-1][1],
             last=journal.tail_seq,
         )
+        record = msgspec.json.encode(told)
+        journal.check_add(record)
         journal.new_epoch()
-        journal.add(time.time(), "withdrawn", msgspec.json.encode(told))
+        journal.add(time.time(), "withdrawn", record)
         self._withdraws = False
         self._climb(told)
         drain = self._stream._drain  # noqa: SLF001
@@ -183,6 +185,7 @@ class Output:
         """Add one wire event and fold its deltas. Not published before `flush`. Raises StreamSealedError once sealed."""
         begins = not self._streaming
         if begins:
+            self._journal.check_add(payload)  # nothing is withdrawn or dropped without something in its place
             if self._withdraws:
                 self._withdraw()
             elif self._joins is not None:
@@ -212,9 +215,11 @@ class Output:
             record["payload"] = kept.decode()
         except UnicodeDecodeError:
             record["payload_b64"] = base64.b64encode(kept).decode()
+        encoded = msgspec.json.encode(record)
         if self._withdraws:
+            self._journal.check_add(encoded)
             self._withdraw()
-        self._journal.add(time.time(), "skipped", msgspec.json.encode(record))
+        self._journal.add(time.time(), "skipped", encoded)
         self._begun = True
         self._tally.skipped += 1
 

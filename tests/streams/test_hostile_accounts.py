@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from supervisor import Limits, MemoryGroup, MemoryPolicy, Output, State, StoreError, open_supervisor
+from supervisor.dialects import Delta
 from supervisor.stores import SQLiteStore
 from supervisor.streams import Holder
 from supervisor.streams.pools import Pools
@@ -198,3 +199,30 @@ async def test_an_outcome_refused_late_is_not_waited_for(autojump_clock, caplog)
         await trio.sleep(301)
         assert sup.health().problems == ()
         store.release()
+
+
+@pytest.mark.parametrize("rung", ["restart", "continuation"])
+@pytest.mark.parametrize("how", ["too big", "sealed", "unreadable"])
+async def test_nothing_is_withdrawn_without_something_in_its_place(rung, how):
+    """An event that is refused, where it would take the place of the answer so far, leaves the answer as it is."""
+
+    async def source(out: Output) -> None:
+        out.attempt(1)
+        out.append(b'{"text":"abc"}', "", (Delta(text="abc"),))
+        out.flush()
+        out.attempt(2, rung=rung, dropped=2 if rung == "continuation" else 0)
+        if how == "unreadable":
+            out.skip(b"?" * 200, "not JSON")
+            return
+        if how == "sealed":
+            out.stream.stop_for("requested", actor=None)
+        out.append(b'{"text":"d"}' * (20 if how == "too big" else 1), "", (Delta(text="d"),))
+
+    async with open_supervisor(limits=Limits(max_event_bytes=120)) as sup:
+        stream = await sup.start(source)
+        outcome = await stream.wait()
+        with stream.subscribe() as events:
+            kinds = [event.kind async for event in events]
+        assert (await stream.read_snapshot()).text == "abc"
+    assert outcome.epoch_starts == ((1, 1),)
+    assert kinds == ["attempt", "data", "attempt", "outcome"]
