@@ -39,6 +39,11 @@ def _check_framing(instance: Dialect, attribute: attrs.Attribute[Framing], value
         )
 
 
+def _check_callable(instance: Dialect, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not callable(value):
+        raise ConfigurationError(f"dialect {instance.name}: {attribute.name}", value, "a callable")
+
+
 @attrs.frozen(kw_only=True)
 class Endings:
     """How a stream of this dialect ends: the rows of the table in docs/dialects.md, and what the reader goes by."""
@@ -135,9 +140,9 @@ class Dialect:
     name: str = attrs.field(validator=_check_name)
     """The name used in configuration, records and messages, such as `openai-chat`."""
     framing: Framing = attrs.field(validator=_check_framing)
-    reader: Callable[[], Reader]
+    reader: Callable[[], Reader] = attrs.field(validator=_check_callable)
     """Return a new reader for one response body."""
-    fault: Callable[[int, bytes], Fault] = http_fault
+    fault: Callable[[int, bytes], Fault] = attrs.field(default=http_fault, validator=_check_callable)
     """Read an HTTP error response (status, body), or a JSON body in place of a stream: the provider's message, never a guess."""
     endings: Endings = Endings()
     asking: Asking = Asking()

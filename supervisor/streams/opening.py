@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 import trio
 
 from supervisor.dialects import Dialect
-from supervisor.errors import StoreError
+from supervisor.errors import ConfigurationError, StoreError
 from supervisor.stores.base import Store
 from supervisor.stores.memory import MemoryStore
 from supervisor.streams.spec import CircuitReport, Deadlines, IdFactory, Limits, MemoryPolicy
@@ -46,8 +46,19 @@ async def open_supervisor(
     Leaving the block waits for the live streams, as a nursery does (`shutdown` ends them instead). An exception in the block
     ends them as `cancelled(shutdown)` and then comes out as it was raised. If the block is cancelled from outside, its
     streams end the same way, and `trio.Cancelled` passes on once their outcomes are durable, which is shielded and bounded by
-    `Limits.settle_s`. Raises StoreError if the store cannot be opened.
+    `Limits.settle_s`. Raises StoreError if the store cannot be opened, ConfigurationError for an option that is no such thing.
     """
+    for name, value, kind in (
+        ("limits", limits, Limits),
+        ("deadlines", deadlines, Deadlines),
+        ("memory", memory, MemoryPolicy),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise ConfigurationError(name, value, f"a {kind.__name__}(…), or None")
+    if store is not None and not callable(getattr(store, "run", None)):
+        raise ConfigurationError(
+            "store", store, "a store, such as SQLiteStore('streams.db') or MemoryStore()"
+        )
     chosen_store = MemoryStore() if store is None else store
     housekeeping = trio.CancelScope(shield=True)
     try:

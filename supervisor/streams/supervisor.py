@@ -15,6 +15,7 @@ How a supervisor is opened and closed is in `opening.py`.
 from __future__ import annotations
 
 import builtins
+import inspect
 import itertools
 import logging
 import math
@@ -192,7 +193,7 @@ class Supervisor:
         back), SupervisorClosedError while draining or closed, and ConfigurationError for a bad option; in each case
         nothing has changed.
         """
-        if not callable(source):
+        if not _may_be_source(source):
             raise ConfigurationError("source", source, "an async callable that takes the stream's output")
         if on_conflict not in get_args(OnConflict):
             raise ConfigurationError("on_conflict", on_conflict, "'attach', 'reject' or 'replace'")
@@ -609,3 +610,8 @@ class Supervisor:
         await self._wait_idle()
         self._phase = "closed"
         self._nursery.cancel_scope.cancel(reason="the supervisor is closed")
+
+
+def _may_be_source(source: object) -> bool:
+    yields = inspect.isgeneratorfunction(source) or inspect.isasyncgenfunction(source)
+    return callable(source) and not yields  # calling what yields does nothing

@@ -469,6 +469,8 @@ def test_a_missing_usage_rule_hides_no_graver_fault() -> None:
         ({"name": " x"}, "dialect.name", "a name"),
         ({"name": ""}, "dialect.name", "a name"),
         ({"name": None}, "dialect.name", "a name"),
+        ({"reader": 3}, "dialect small: reader", "a callable"),
+        ({"fault": None}, "dialect small: fault", "a callable"),
     ],
 )
 def test_a_name_or_framing_that_cannot_be(wrong: dict[str, Any], field: str, expected: str) -> None:

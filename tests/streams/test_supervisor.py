@@ -603,3 +603,34 @@ def test_the_head_of_a_stream_needs_no_field():
     import msgspec
 
     assert msgspec.json.decode(b"{}", type=StreamSpec) == StreamSpec()
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"store": "x.db"}, r"^store: 'x\.db' is not valid; expected a store, such as SQLiteStore"),
+        ({"limits": {"max_live": 3}}, r"^limits: \{'max_live': 3\} is not valid; expected a Limits"),
+        ({"deadlines": 3}, r"^deadlines: 3 is not valid; expected a Deadlines"),
+        ({"memory": {}}, r"^memory: \{\} is not valid; expected a MemoryPolicy"),
+    ],
+)
+async def test_an_option_of_another_kind_is_refused(option, said):
+    """What is no store, and a mapping in place of a class of limits, is named with what would be right."""
+    with pytest.raises(ConfigurationError, match=said):
+        async with open_supervisor(**option):
+            pass
+
+
+async def test_a_generator_is_no_source():
+    """A source that yields in place of sending is refused at the start, as calling it would do nothing."""
+
+    async def yielding(out):
+        yield "a word"
+
+    def plain(out):
+        yield "a word"
+
+    async with open_supervisor() as sup:
+        for source in (yielding, plain):
+            with pytest.raises(ConfigurationError, match="an async callable"):
+                await sup.start(source)
