@@ -28,9 +28,11 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import logging
 import math
+import operator
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec
 
 import attrs
 import trio
@@ -49,6 +51,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SLICE", "Holder", "MemoryManager"]
 
+_P = ParamSpec("_P")
+_log = logging.getLogger("supervisor.streams")
+
 SLICE = 64
 """Streams sealed between two checkpoints, wherever many are ended together."""
 SPILL_COST = 8
@@ -59,7 +64,10 @@ TOLD = 100
 
 @attrs.frozen(kw_only=True)
 class Holder:
-    """What holds memory beside the streams, for `MemoryManager.register`: it is counted, and may be asked to let go."""
+    """What holds memory beside the streams, for `MemoryManager.register`: it is counted, and may be asked to let go.
+
+    One that raises, or tells what is no number, is logged and counted as 0 for that time.
+    """
 
     held: Callable[[], int]
     """Tells how many bytes it holds. Asked once a sweep: it must be cheap."""
@@ -148,7 +156,11 @@ class MemoryManager:
 
     def register(self, name: str, holder: Holder) -> None:
         """Count what something beside the streams holds, and have it let go where memory is short."""
-        self._holders[name] = holder
+        self._holders[name] = Holder(
+            held=_borne(name, holder.held),
+            expire=None if holder.expire is None else _borne(name, holder.expire),
+            spare=None if holder.spare is None else _borne(name, holder.spare),
+        )
 
     # --- the account -------------------------------------------------------------------------------------------------
 
@@ -576,6 +588,23 @@ class MemoryManager:
                 self._looked_at += 1
                 plan.reap(stream)
                 yield Act(stream, *told)
+
+
+def _borne(name: str, function: Callable[_P, int]) -> Callable[_P, int]:
+    """Bear with what a program registered: what it raises is its own trouble, logged once."""
+    logged = False
+
+    def borne(*args: _P.args, **kwargs: _P.kwargs) -> int:
+        nonlocal logged
+        try:
+            return max(0, operator.index(function(*args, **kwargs)))
+        except Exception:  # noqa: BLE001  # whatever it is, the streams are not to end for it
+            if not logged:
+                logged = True
+                _log.exception("the memory holder %r raised; it counts as 0, and is not logged again", name)
+            return 0
+
+    return borne
 
 
 def _reached(bound: Bound, value: str) -> str:

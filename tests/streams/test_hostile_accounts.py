@@ -226,3 +226,19 @@ async def test_nothing_is_withdrawn_without_something_in_its_place(rung, how):
         assert (await stream.read_snapshot()).text == "abc"
     assert outcome.epoch_starts == ((1, 1),)
     assert kinds == ["attempt", "data", "attempt", "outcome"]
+
+
+@pytest.mark.parametrize("wrong", [lambda *_: 1 // 0, lambda *_: None, lambda *_: -1 << 60])
+async def test_a_holder_that_is_wrong_is_borne_with(autojump_clock, caplog, wrong):
+    """What a registered holder raises, or tells that is no amount, counts as nothing; the others count, and the streams go on."""
+    policy = MemoryPolicy(max_bytes=50_000, sweep_every_s=0.1, process_high=None)
+    async with open_supervisor(memory=policy) as sup:
+        sup.memory.register("mine", Holder(held=wrong, expire=wrong, spare=wrong))
+        sup.memory.register("sound", Holder(held=lambda: 60_000))
+        stream = await sup.start(holding(100))
+        await trio.sleep(5)
+        memory = sup.statistics().memory
+        assert (memory.beside["mine"], memory.beside["sound"]) == (0, 60_000)
+        assert stream.state is State.STREAMING
+        await stream.cancel()
+    assert len(caplog.records) in (0, 3)  # once for each callback
