@@ -343,7 +343,9 @@ async def test_tls_and_a_client_of_httpx() -> None:
             with pytest.raises(httpx.RemoteProtocolError):
                 await http.post("chat/completions", json={"model": "sim/drop", "stream": True})
             with pytest.raises(httpx.ReadTimeout):
-                await http.post("chat/completions", json={"model": "sim/silent"}, timeout=0.05)
+                await http.post(
+                    "chat/completions", json={"model": "sim/silent"}, timeout=httpx.Timeout(5, read=0.05)
+                )
         await up.wait_open(0)
 
 
