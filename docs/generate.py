@@ -33,6 +33,7 @@ from supervisor.dialects.reading import BodyReader
 from supervisor.stores import Keep, MemoryStore
 from supervisor.stores.sqlite import SQLiteStore
 from supervisor.streams import spec
+from supervisor.streams.supervisor import MAX_DIALECTS
 from supervisor.testing.upstream import SimulatedUpstream
 from supervisor.upstream import (
     CircuitPolicy,
@@ -153,6 +154,11 @@ CONSTANTS: Sequence[tuple[str, str, object]] = (
         spec.MAX_LABEL_CHARS,
     ),
     ("supervisor.streams.spec.MAX_META_BYTES", "The `meta` of a stream, as JSON.", spec.MAX_META_BYTES),
+    (
+        "supervisor.streams.supervisor.MAX_DIALECTS",
+        "Dialects remembered that sources brought, beside those built in and given to the supervisor.",
+        MAX_DIALECTS,
+    ),
     ("supervisor.upstream.source.MAX_REQUEST_BYTES", "A request's body.", source.MAX_REQUEST_BYTES),
     (
         "supervisor.upstream.attempt.ERROR_BODY_BYTES",

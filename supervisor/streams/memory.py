@@ -213,6 +213,9 @@ class MemoryManager:
         stream.pools = (self.live, *self._pools.join(stream, stream.spec))
         if self._policy.stale_s is not None:
             self._stale.arm(stream, stream.last_event_at + self._policy.stale_s, stream.number)
+        for pool in stream.pools:
+            if pool.nbytes > pool.alarm:
+                self.alarm(pool)
         stream.note_at = min(HEAVY_BYTES, self._stream_alarm)
         if stream.bytes_held > stream.note_at:
             self.note(stream)

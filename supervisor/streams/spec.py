@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard, get_args
@@ -64,7 +65,8 @@ _JSON_OBJECT = msgspec.json.Decoder(dict[str, Any])
 class Source(Protocol):
     """The async callable that feeds a stream.
 
-    It runs in the stream's own nursery and cancel scope. It may carry `dialect` (a `Dialect`) and `upstream` (a name) as
+    It runs in the stream's own nursery and cancel scope. It may carry `dialect` (a `Dialect`), `upstream` (a name) and
+    `bytes_held` (what it holds for the stream, such as a request: asked at the start, and counted until the stream has ended) as
     attributes. When the stream is sealed it sees `trio.Cancelled` at its next checkpoint and must let it pass.
     """
 
@@ -348,6 +350,21 @@ class StreamSpec:
     delivery: Delivery = attrs.field(default="immediate", validator=_one_of(*get_args(Delivery)))
     meta: Mapping[str, Any] = attrs.field(factory=dict, converter=_own_meta)
     """Small facts for the record, such as the model asked for. JSON values, at most 64 KiB of them."""
+
+    @property
+    def bytes_held(self) -> int:
+        """What the labels and meta take in memory."""
+        return (_bytes_of(self.labels) if self.labels else 0) + (_bytes_of(self.meta) if self.meta else 0)
+
+
+def _bytes_of(value: object) -> int:
+    """Return what a JSON value takes in memory, with all that is in it."""
+    held = sys.getsizeof(value)
+    if isinstance(value, Mapping):
+        held += sum(_bytes_of(name) + _bytes_of(of_it) for name, of_it in value.items())
+    elif isinstance(value, list):
+        held += sum(map(_bytes_of, value))
+    return held
 
 
 # --- ids -------------------------------------------------------------------------------------------------------------

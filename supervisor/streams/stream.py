@@ -79,7 +79,9 @@ class Stream:
         "_scope",
         "_settling",
         "_source",
+        "_source_bytes",
         "_spec",
+        "_spec_bytes",
         "_started",
         "_supervisor",
         "_tally",
@@ -133,7 +135,9 @@ class Stream:
         self._marked: str | None = None
         self._abort_wire: Callable[[], None] | None = None  # set by a source that holds a wire
         self._readers = 0
-        self._held = 0
+        self._spec_bytes = spec.bytes_held
+        self._source_bytes = _bytes_of(source)
+        self._held = self._spec_bytes + self._source_bytes
         self.number = 0
         """Which one it is of those that the memory manager was given."""
         self.pools: tuple[Pool, ...] = ()
@@ -244,7 +248,7 @@ class Stream:
         await trio.lowlevel.checkpoint()
         if not (self._restored or self._answer.shown.spilled):
             return self.snapshot()
-        return await read_back(self._journal, self._supervisor.dialect(self.dialect))
+        return await read_back(self._journal, self._dialect or self._supervisor.dialect(self.dialect))
 
     async def recorded(self) -> None:
         """Wait until a crash can no longer lose that this stream was started. Raises StoreError."""
@@ -364,7 +368,7 @@ class Stream:
     def _source_returned(self) -> Verdict:
         if self._marked is not None:
             return Verdict(state=State.COMPLETED, reason=self._marked)
-        if self._supervisor.dialect(self.dialect).framing == "none":
+        if self._dialect is None or self._dialect.framing == "none":
             return Verdict(state=State.COMPLETED, reason=self._answer.fold.finish_reason or "done")
         fault = Fault(kind="truncated", message="the source ended without the answer's terminal marker")
         return Verdict(state=State.FAILED, reason="truncated", message=fault.message, fault=fault)
@@ -402,7 +406,7 @@ class Stream:
     def _weigh(self) -> None:
         """Bring the account up to date. Once for a read: all that an event costs it is done where it is added."""
         answer = self._answer
-        held = self._journal.tail_bytes + answer.fold.nbytes
+        held = self._journal.tail_bytes + answer.fold.nbytes + self._spec_bytes + self._source_bytes
         if answer.undurable is not None:
             held += answer.shown.nbytes + len(answer.undurable) * UNDURABLE_BYTES
         change = held - self._held
@@ -496,7 +500,8 @@ class Stream:
         failure = await settling.write(self._conclude, settle_s=self._supervisor.limits.settle_s)
         self._clocks.stop()
         self._supervisor.watchdog.discard(self)
-        self._source = None
+        self._source, self._source_bytes = None, 0
+        self._weigh()
         if failure is None:
             self._announce()
         else:
@@ -581,7 +586,7 @@ class Stream:
 
     @property
     def bytes_held(self) -> int:
-        """What the stream holds in memory: its tail and its fold, in bytes."""
+        """What the stream holds in memory: its tail, its fold, its labels and meta, and what its source says it holds, in bytes."""
         return self._held
 
     @property
@@ -651,3 +656,9 @@ class Stream:
     async def follow_durability(self) -> None:
         """Show readers what becomes durable, for `delivery="durable"`."""
         await self._journal.follow_durability()
+
+
+def _bytes_of(source: Source | None) -> int:
+    """Return what a source says it holds for its stream, such as the request."""
+    held: object = getattr(source, "bytes_held", 0)
+    return held if isinstance(held, int) and held > 0 else 0

@@ -19,6 +19,7 @@ import inspect
 import itertools
 import logging
 import math
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
@@ -72,6 +73,8 @@ __all__ = ["Started", "Supervisor"]
 _log = logging.getLogger("supervisor.streams")
 _MAX_REASONS = 64  # distinct reasons counted for one state
 _LOST_TOLD_S = 300.0  # for how long health tells of an outcome that was lost
+MAX_DIALECTS = 256
+"""Dialects remembered that sources brought, beside those built in and given to the supervisor."""
 _LATE_S = 1.0  # between two looks at outcomes that were not durable in time
 
 
@@ -105,6 +108,7 @@ class Supervisor:
         self._circuits = circuits
         self._new_id = new_id  # None: `recover` makes one that goes on from the store's
         self._dialects: dict[str, Dialect] = {**BUILTIN, **{dialect.name: dialect for dialect in dialects}}
+        self._learned: deque[str] = deque()  # names of those that sources brought
         self._unrecorded: dict[
             str, Stream
         ] = {}  # of the settling ones, those that nobody is made to wait for
@@ -239,9 +243,17 @@ class Supervisor:
         if holder is not None:
             holder.stop_for("replaced", actor=stream.id)
         if chosen is not None:
-            self._dialects.setdefault(chosen.name, chosen)
+            self._learn(chosen)
         self._register(stream, spec)
         return Started(stream, created=True)
+
+    def _learn(self, dialect: Dialect) -> None:
+        """Keep a dialect that a source brought, for its ended streams; of many the newest."""
+        if dialect.name not in self._dialects:
+            if len(self._learned) >= MAX_DIALECTS:
+                del self._dialects[self._learned.popleft()]
+            self._learned.append(dialect.name)
+            self._dialects[dialect.name] = dialect
 
     def _register(self, stream: Stream, spec: StreamSpec) -> None:
         if self._idle.is_set():

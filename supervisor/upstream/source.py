@@ -87,6 +87,11 @@ class HttpSource:
             target.first(self._request)
             target.secret()
 
+    @property
+    def bytes_held(self) -> int:
+        """The request, which is kept for further attempts."""
+        return len(self._request)
+
     def __repr__(self) -> str:
         return f"<HttpSource {self.upstream}: {len(self._request)} bytes to {self._targets[0].url}>"
 

@@ -5,11 +5,22 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import attrs
 import pytest
 import trio
 
-from supervisor import Limits, MemoryGroup, MemoryPolicy, Output, State, StoreError, open_supervisor
+from supervisor import (
+    ConfigurationError,
+    Limits,
+    MemoryGroup,
+    MemoryPolicy,
+    Output,
+    State,
+    StoreError,
+    open_supervisor,
+)
 from supervisor.dialects import Delta
+from supervisor.dialects.native import NATIVE
 from supervisor.stores import SQLiteStore
 from supervisor.streams import Holder
 from supervisor.streams.pools import Pools
@@ -242,3 +253,43 @@ async def test_a_holder_that_is_wrong_is_borne_with(autojump_clock, caplog, wron
         assert stream.state is State.STREAMING
         await stream.cancel()
     assert len(caplog.records) in (0, 3)  # once for each callback
+
+
+async def test_requests_and_meta_are_counted():
+    """What a source says it holds counts from the start until the stream has ended, its meta for as long as it is in memory."""
+
+    class Asking:
+        bytes_held = 30_000
+
+        async def __call__(self, out: Output) -> None:
+            await trio.sleep_forever()
+
+    meta = {"m": [str(number) for number in range(1000)]}
+    policy = MemoryPolicy(max_bytes=100_000, process_high=None, sweep_every_s=1000)
+    async with open_supervisor(memory=policy) as sup:
+        first = await sup.start(Asking(), meta=meta)
+        held = first.bytes_held
+        assert 80_000 < held < 110_000
+        assert sup.statistics().memory.bytes_held == held
+        await first.cancel()
+        assert sup.statistics().finished_bytes == first.bytes_held == held - 30_000
+        others = [await sup.start(Asking()) for _ in range(4)]
+        with trio.fail_after(5):
+            assert (await others[0].wait()).reason == "reaped_bytes"  # before any has received anything
+        assert sup.statistics().memory.bytes_held == 90_000
+        await sup.cancel(all_streams=True)
+
+
+async def test_dialects_that_sources_bring_are_bounded(monkeypatch):
+    """Of the dialects that starts bring the newest are remembered; a stream reads in its own all the same."""
+    monkeypatch.setattr("supervisor.streams.supervisor.MAX_DIALECTS", 2)
+    async with open_supervisor() as sup:
+        streams = [
+            await sup.start(silent, dialect=attrs.evolve(NATIVE, name=f"d{number}")) for number in range(4)
+        ]
+        assert sup.dialect("d3").name == "d3"
+        assert sup.dialect("native") is NATIVE
+        with pytest.raises(ConfigurationError):
+            sup.dialect("d1")
+        await sup.cancel(all_streams=True)
+        assert (await streams[0].read_snapshot()).text == ""
