@@ -466,8 +466,12 @@ def test_a_ctrl_c_in_the_middle_of_a_seal_comes_after_it():
                     await streams[0].cancel()
                     await trio.sleep(5)
 
-    with pytest.raises(KeyboardInterrupt):
-        trio.run(main)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trio.run(main)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert rang == aborted == [True]
     assert streams[0].outcome.reason == "requested"
 
