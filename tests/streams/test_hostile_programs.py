@@ -466,7 +466,8 @@ def test_a_ctrl_c_in_the_middle_of_a_seal_comes_after_it():
                     await streams[0].cancel()
                     await trio.sleep(5)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
+    # In the background of a shell it is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             trio.run(main)
