@@ -427,9 +427,13 @@ class StreamMessage(_Result, frozen=True, kw_only=True):
     ended_at: float | None = None
     age_s: float
     idle_s: float | None = None
+    first_event_s: float | None = None
+    """From its start to its first event; null if there was none, or it is not known any more."""
     attempts: int
     events: int
     skipped: int = 0
+    journal_bytes: int | None = None
+    """What its journal comes to: payloads, names and text; null if that is not known any more."""
     readers: int
     bytes_held: int
     """Held in memory for it."""

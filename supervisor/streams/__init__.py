@@ -11,6 +11,7 @@ from supervisor.streams.lifecycle import (
     Verdict,
 )
 from supervisor.streams.memory import Holder
+from supervisor.streams.observers import Observer
 from supervisor.streams.opening import open_supervisor
 from supervisor.streams.output import Output
 from supervisor.streams.report import (
@@ -56,6 +57,7 @@ __all__ = [
     "MemoryGroup",
     "MemoryPolicy",
     "MemoryStatistics",
+    "Observer",
     "OnConflict",
     "OnDetach",
     "Outcome",

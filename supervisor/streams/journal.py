@@ -64,6 +64,7 @@ class Journal:
         "_first",
         "_max_event_bytes",
         "_on_durable",
+        "_released_bytes",
         "_sealed",
         "_store",
         "_tail",
@@ -112,6 +113,7 @@ class Journal:
         self._sealed = False
         self._closed = False
         self._to_follow = trio.Event()
+        self._released_bytes: int | None = 0  # of events that were in the tail; None: nobody counted
         self.tail_bytes = 0
         self.epoch = 1
         self.epoch_starts: tuple[tuple[int, int], ...] = ((1, 1),)
@@ -131,6 +133,13 @@ class Journal:
     def tail_seq(self) -> int:
         """The last event there is, visible or not; 0 if none."""
         return self._first + len(self._tail) - 1
+
+    @property
+    def total_bytes(self) -> int | None:
+        """What all its events come to: payloads, names and text; None where they were not counted, as it was restored."""
+        if self._released_bytes is None:
+            return None
+        return self._released_bytes + self.tail_bytes - EVENT_OVERHEAD_BYTES * self.tail_seq
 
     @property
     def closed(self) -> bool:
@@ -231,6 +240,7 @@ class Journal:
     def restore(self, *, last_seq: int, epoch_starts: tuple[tuple[int, int], ...]) -> None:
         """Become the journal of an ended stream: everything is in the store."""
         self._first = last_seq + 1
+        self._released_bytes = None
         self.published_seq = self.durable_seen = last_seq
         self.epoch_starts = epoch_starts
         self.epoch = epoch_starts[-1][0]
@@ -246,14 +256,19 @@ class Journal:
             held += self._tail[kept].nbytes
         del self._tail[:kept]
         self._first += kept
-        self.tail_bytes = held
+        self._release(self.tail_bytes - held)
 
     def spill(self) -> None:
         """Let go of all that the store has durably: readers read it from there."""
         count = max(0, min(len(self._tail), self._store.durable_seq(self.stream_id) + 1 - self._first))
-        self.tail_bytes -= sum([event.nbytes for event in self._tail[:count]])
+        self._release(sum([event.nbytes for event in self._tail[:count]]))
         del self._tail[:count]
         self._first += count
+
+    def _release(self, nbytes: int) -> None:
+        self.tail_bytes -= nbytes
+        if self._released_bytes is not None:
+            self._released_bytes += nbytes
 
     @property
     def pending_bytes(self) -> int:
@@ -275,7 +290,7 @@ class Journal:
             drop += 1
         del tail[:drop]
         self._first += drop
-        self.tail_bytes -= freed
+        self._release(freed)
 
     # --- reading -----------------------------------------------------------------------------------------------------
 

@@ -143,6 +143,7 @@ class Output:
         self._withdraws = self._begun and rung in ("restart", "fallback")
         stream._enter(State.CONNECTING, "connect")  # noqa: SLF001
         self.flush()
+        stream._supervisor.observers.attempted(stream, record)  # noqa: SLF001
 
     def _withdraw(self) -> None:
         """Begin a new epoch: what was received before this attempt is no longer part of the answer."""
@@ -205,6 +206,8 @@ class Output:
         if begins:
             self._streaming = self._begun = True
             self._stream._enter(State.STREAMING, "idle")  # noqa: SLF001
+            if self._tally.first_event_s is None:
+                self._stream.answer_began()
         self._tally.events += 1
 
     def skip(self, payload: bytes, why: str) -> None:

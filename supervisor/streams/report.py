@@ -73,9 +73,13 @@ class StreamInfo:
     """From start until now, or until the end."""
     idle_s: float | None
     """Since the last event; None once the stream has ended."""
+    first_event_s: float | None
+    """From the start to the first event; None if there was none, or if it is not known any more: after a restart."""
     attempts: int
     events: int
     skipped: int
+    journal_bytes: int | None
+    """What its journal comes to: payloads, names and text. None if that is not known any more: after a restart."""
     readers: int
     bytes_held: int
     """Held in memory for this stream: its tail and its fold."""
@@ -108,9 +112,11 @@ def describe(stream: Stream, journal: Journal, tally: Tally, *, now: float, dura
         ended_at=outcome.ended_at if outcome is not None else None,
         age_s=outcome.duration_s if outcome is not None else now - stream.started,
         idle_s=None if outcome is not None else now - stream.last_event_at,
+        first_event_s=stream.first_event_s,
         attempts=outcome.attempts if outcome is not None else tally.attempts,
         events=outcome.events if outcome is not None else tally.events,
         skipped=outcome.skipped if outcome is not None else tally.skipped,
+        journal_bytes=journal.total_bytes,
         readers=stream.readers,
         bytes_held=stream.bytes_held,
         tail_bytes=journal.tail_bytes,

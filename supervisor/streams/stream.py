@@ -25,19 +25,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import trio
 
 from supervisor.dialects import Dialect, Fault, Snapshot
 from supervisor.errors import AdmissionError, SupervisorError
+from supervisor.stores.base import Event
 from supervisor.streams import raised
 from supervisor.streams.answer import UNDURABLE_BYTES, Answer, read_back
 from supervisor.streams.bill import TokenBudget
 from supervisor.streams.clocks import ClockKind, Clocks, Phase
 from supervisor.streams.drain import Drain
-from supervisor.streams.journal import Journal
+from supervisor.streams.journal import Cursor, Journal
 from supervisor.streams.lifecycle import Lifecycle, Outcome, State, Verdict
 from supervisor.streams.output import Output
 from supervisor.streams.pools import NEVER, Pool
@@ -249,6 +250,17 @@ class Stream:
         if not (self._restored or self._answer.shown.spilled):
             return self.snapshot()
         return await read_back(self._journal, self._dialect or self._supervisor.dialect(self.dialect))
+
+    async def page(self, after_seq: int, max_events: int = 1024) -> Sequence[Event]:
+        """Return events after a seq as the journal has them now, `()` if there are none yet, without being a reader.
+
+        For who looks at the journal; `Event.text` may be missing. Raises GapError if they are gone, StoreError.
+        """
+        await trio.lowlevel.checkpoint()
+        events = self._journal.take(after_seq, max_events)
+        if events is not None:
+            return events
+        return await self._journal.fetch(Cursor(1, after_seq), max_events, texts=False)
 
     async def recorded(self) -> None:
         """Wait until a crash can no longer lose that this stream was started. Raises StoreError."""
@@ -538,6 +550,11 @@ class Stream:
         self._announce()
         return True
 
+    def answer_began(self) -> None:
+        """Take note of the stream's first event."""
+        self._tally.first_event_s = trio.current_time() - self._started
+        self._supervisor.observers.began(self)
+
     def _show(self, durable_seq: int) -> None:
         self._answer.show(durable_seq)
         self._weigh()
@@ -568,6 +585,11 @@ class Stream:
     def loss(self) -> str:
         """Why the outcome could not be recorded; empty if it could."""
         return "" if self._journal.failure is None else str(self._journal.failure)
+
+    @property
+    def first_event_s(self) -> float | None:
+        """How long after its start the first event came, in seconds; None if there was none yet, or it was before a restart."""
+        return self._tally.first_event_s
 
     @property
     def last_event_at(self) -> float:

@@ -40,6 +40,7 @@ from supervisor.errors import (
 from supervisor.stores.base import Event, Store, StoredStream, StoreHealth
 from supervisor.streams.clocks import Watchdog
 from supervisor.streams.memory import SLICE, Holder, MemoryManager
+from supervisor.streams.observers import Observer, Observers
 from supervisor.streams.recovery import interrupted, restored, restored_if_readable
 from supervisor.streams.report import (
     CancelResult,
@@ -124,6 +125,7 @@ class Supervisor:
         self._settling: Mapping[str, Stream] = self.memory.ending.streams
         self._finished: Mapping[str, Stream] = self.memory.finished.pool.streams
         self.readers = 0
+        self.observers = Observers()
         self._tasks = 0
         self._started = 0
         self._attached = 0
@@ -245,6 +247,7 @@ class Supervisor:
         if chosen is not None:
             self._learn(chosen)
         self._register(stream, spec)
+        self.observers.started(stream)
         return Started(stream, created=True)
 
     def _learn(self, dialect: Dialect) -> None:
@@ -472,6 +475,10 @@ class Supervisor:
 
     # --- telling -----------------------------------------------------------------------------------------------------
 
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """Tell an observer what becomes of streams from now on (never of an event); call what this returns to end that."""
+        return self.observers.add(observer)
+
     def statistics(self) -> SupervisorStatistics:
         """Return the supervisor's figures."""
         memory = self.memory.statistics()
@@ -548,6 +555,7 @@ class Supervisor:
         self.memory.count(outcome.reason)
         self.memory.settled(stream)
         self.store.forget(stream.id)
+        self.observers.ended(stream, outcome)
         self._note_idle()
 
     def stream_unrecorded(self, stream: Stream, *, hopeless: bool) -> None:
@@ -559,6 +567,7 @@ class Supervisor:
             self._lost_at = trio.current_time()
             self.store.forget(stream.id)
             self.memory.settled(stream)
+            self.observers.ended(stream, None)
         else:
             if not self._unrecorded:
                 self._nursery.start_soon(self._announce_late, name="late outcomes")

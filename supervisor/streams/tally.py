@@ -26,6 +26,7 @@ class Tally:
         "attempts",
         "cleanup_error",
         "events",
+        "first_event_s",
         "sealed_at",
         "skipped",
     )
@@ -34,6 +35,8 @@ class Tally:
         self.attempts = 0
         self.events = 0
         self.skipped = 0
+        self.first_event_s: float | None = None
+        """From the start to the first event."""
         self.sealed_at: float | None = None
         """Seconds since the Unix epoch."""
         self.cleanup_error: str | None = None
