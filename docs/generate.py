@@ -47,6 +47,7 @@ from supervisor.upstream import (
     tls,
     transport,
 )
+from supervisor.web.server import WebLimits
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -78,6 +79,7 @@ CLASSES: Sequence[tuple[type, str, str]] = (
     (ControlLimits, "[control.limits]", "The control channel"),
     (LinkLimits, "[control.limits.link]", "One connection of the control channel, at either end"),
     (SessionLimits, "[control.limits.session]", "One client of the control channel"),
+    (WebLimits, "[web.limits]", "The HTTP front"),
     (ClientLimits, "supervisor.control.connect(limits=…)", "The client library"),
     (
         RetentionConfig,
@@ -377,6 +379,7 @@ TOLD_TABLES = {
     "circuit": "when an upstream that fails is left alone: further attempts are refused meanwhile; a stream's first goes to a fallback, if there is one",
     "control.limits.link": "one connection",
     "control.limits.session": "one client",
+    "web.limits": "what the HTTP front bounds",
     "retention.tenant": "how much it keeps of each tenant",
     "retention.tenants.NAME": "how much it keeps of the tenant NAME, in place of `[retention.tenant]`",
 }
@@ -645,6 +648,8 @@ _CONFIG = """
 discover = false
 [control]
 port = 0
+[web]
+port = "none"
 [store]
 path = ":memory:"
 [upstreams.simulated]

@@ -37,6 +37,7 @@ from supervisor.streams import Deadlines, Limits, MemoryPolicy
 from supervisor.upstream.catalog import Credential, Upstream, discover
 from supervisor.upstream.circuit import CircuitPolicy
 from supervisor.upstream.retry import RetryPolicy
+from supervisor.web.config import WebConfig
 
 __all__ = [
     "DEFAULT_PORT",
@@ -48,6 +49,7 @@ __all__ = [
     "ShutdownConfig",
     "StoreConfig",
     "TokenSource",
+    "WebConfig",
     "default_store_path",
     "described",
     "load",
@@ -256,6 +258,7 @@ class Config:
     """Everything a daemon is told. `Config()` is a daemon that runs with no file at all."""
 
     control: ControlConfig = attrs.field(factory=ControlConfig)
+    web: WebConfig = attrs.field(factory=WebConfig)
     store: StoreConfig = attrs.field(factory=StoreConfig)
     retention: RetentionConfig = attrs.field(factory=RetentionConfig)
     shutdown: ShutdownConfig = attrs.field(factory=ShutdownConfig)
@@ -282,8 +285,12 @@ class Config:
         """Raise ConfigurationError, naming the file and the table, for what a daemon would refuse when it starts to listen."""
         where = _Where(self.source, ("control",))
         try:
-            token = self.control.token.read(environ)
-            await require_safe_address(self.control.host, None if token is None else Token(token))
+            read = self.control.token.read(environ)
+            token = None if read is None else Token(read)
+            await require_safe_address(self.control.host, token)
+            if self.web.port is not None:
+                where = _Where(self.source, ("web",))
+                await require_safe_address(self.web.host, token)
         except ConfigurationError as error:
             raise ConfigurationError(where.field(error.field), error.value, error.expected) from None
 

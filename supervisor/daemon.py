@@ -20,13 +20,15 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from typing import Any, NoReturn
 
 import attrs
 import trio
+from starlette.applications import Starlette
 
 from supervisor.config import Config
+from supervisor.control.auth import Token, require_safe_address
 from supervisor.control.messages import ShutdownParams, StartParams
 from supervisor.control.server import ControlServer, Resolved
 from supervisor.errors import ConfigurationError
@@ -38,6 +40,8 @@ from supervisor.upstream.circuit import Circuits
 from supervisor.upstream.tls import shared_context
 from supervisor.upstream.transport import StreamTransport
 from supervisor.version import version
+from supervisor.web.app import Front, Part, WebAccess, alive, create_app
+from supervisor.web.server import WebServer
 
 __all__ = ["ABORTED", "Ready", "run"]
 
@@ -63,6 +67,8 @@ class Ready:
     """What a daemon that has just become ready says of itself."""
 
     url: str
+    http: str | None
+    """Where HTTP is served; None: nowhere."""
     pid: int
     version: str
     store: str
@@ -232,19 +238,23 @@ class _Daemon:
                 origins=control.origins,
                 limits=control.limits,
             )
-            try:
-                ports: tuple[int, ...] = await nursery.start(server.run, control.host, control.port)
-            except OSError as error:
-                raise _cannot_listen(control.host, control.port, error) from None
+            port = await _listening(nursery, server.run, control.host, control.port, "--port")
+            web, http = WebServer(self._app(supervisor), limits=config.web.limits), None
+            if config.web.port is not None:
+                await require_safe_address(
+                    config.web.host, None if self._token is None else Token(self._token)
+                )
+                taken = await _listening(nursery, web.run, config.web.host, config.web.port, "--web-port")
+                http = f"http://{_address(config.web.host, taken)}"
             if config.retention.limited:
                 nursery.start_soon(self._retain, name="retention")
             self.ending.started = True
             gc.collect()
             gc.freeze()  # modules and certificates live as long as the process: no full collection need look at them again
-            self._announce(ports[0])
+            self._announce(port, http)
             await self.ending.requested.wait()
             await self._wind_down(supervisor)
-            await _tell(server)
+            await _tell(server, web)
             nursery.cancel_scope.cancel(reason="all streams have settled")
 
     async def _retain(self) -> None:
@@ -267,9 +277,29 @@ class _Daemon:
             )
             yield
 
-    def _announce(self, port: int) -> None:
+    def _app(self, supervisor: Supervisor) -> Starlette:
+        """Return what HTTP serves: put together here of parts that know nothing of each other."""
+        web = self._config.web
+        front = Front(
+            supervisor=supervisor,
+            resolve=self.resolve,
+            access=WebAccess(
+                token=None if self._token is None else Token(self._token),
+                origins=frozenset(web.origins),
+                hosts=frozenset(web.hosts),
+            ),
+            limits=web.limits,
+        )
+        return create_app(front, self._parts(front))
+
+    def _parts(self, front: Front) -> Iterator[Part]:
+        """Give the parts of the HTTP front; see `supervisor.web.app`."""
+        yield alive(front)
+
+    def _announce(self, port: int, http: str | None) -> None:
         ready = Ready(
             url=f"ws://{_address(self._config.control.host, port)}",
+            http=http,
             pid=os.getpid(),
             version=version(),
             store=self._path,
@@ -277,8 +307,9 @@ class _Daemon:
             token_required=self._token is not None,
         )
         _log.info(
-            "listening on %s; store %s; upstreams: %s",
+            "listening on %s and %s; store %s; upstreams: %s",
             ready.url,
+            ready.http or "no HTTP",
             ready.store,
             ", ".join(ready.upstreams) or "none",
         )
@@ -347,18 +378,33 @@ def _address(host: str, port: int) -> str:
     return f"{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _cannot_listen(host: str, port: int, error: OSError) -> OSError:
+async def _listening(
+    nursery: trio.Nursery, run: Callable[..., Awaitable[NoReturn]], host: str, port: int, option: str
+) -> int:
+    """Start a server; return its port. Raises OSError that says which option would help."""
+    try:
+        ports: tuple[int, ...] = await nursery.start(run, host, port)
+    except OSError as error:
+        raise _cannot_listen(host, port, error, option) from None
+    return ports[0]
+
+
+def _cannot_listen(host: str, port: int, error: OSError, option: str) -> OSError:
     """Return the error with the address in it, and what to do; its errno stays."""
     message = f"cannot listen on {_address(host, port)}: {error.strerror or error}"
     if error.errno == errno.EADDRINUSE:
-        message += "; another daemon may be running there. --port takes another port, or 0 for any free one"
+        message += (
+            f"; another daemon may be running there. {option} takes another port, or 0 for any free one"
+        )
     told = OSError(message)
     told.errno = error.errno
     return told
 
 
-async def _tell(server: ControlServer) -> None:
+async def _tell(server: ControlServer, web: WebServer) -> None:
     """Give the clients a moment to be sent the outcomes that they watch or wait for."""
+    with trio.move_on_after(_TELL_S):
+        await web.end()
     with trio.move_on_after(_TELL_S):
         while (figures := server.statistics()).subscriptions or figures.pending_requests:  # noqa: ASYNC110  # a last look, bounded; nothing tells
             await trio.sleep(_LOOK_S)

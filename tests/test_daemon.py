@@ -16,7 +16,7 @@ import attrs
 import pytest
 import trio
 
-from supervisor.config import Config, ControlConfig, StoreConfig
+from supervisor.config import Config, ControlConfig, StoreConfig, WebConfig
 from supervisor.control import ControlClient, StartParams, StartResult, connect
 from supervisor.daemon import Ready, run
 from supervisor.dialects import BUILTIN
@@ -225,6 +225,7 @@ def test_a_simulated_upstream(tmp_path: Path) -> None:
     """`serve --simulated` needs no key: its upstream answers at a pace; a configured one of its name is refused."""
     errors = tmp_path / "daemon.log"
     command = [sys.executable, "-m", "supervisor.cli", "serve", "--simulated", "--json", "--port", "0"]
+    command += ["--web-port", "0"]
     process = Daemon([*command, "--store", ":memory:", "--grace", "0"], env=environment(), errors=errors)
     try:
         assert process.said["upstreams"] == ["simulated"]
@@ -273,6 +274,8 @@ def test_without_an_upstream(tmp_path: Path) -> None:
         "--json",
         "--port",
         "0",
+        "--web-port",
+        "none",
         "--store",
         ":memory:",
     ]
@@ -329,7 +332,12 @@ async def test_in_process() -> None:
         told.append(state)
         is_ready.set()
 
-    config = Config(store=StoreConfig(path=":memory:"), control=ControlConfig(port=0), discover=False)
+    config = Config(
+        store=StoreConfig(path=":memory:"),
+        control=ControlConfig(port=0),
+        web=WebConfig(port=0),
+        discover=False,
+    )
     with trio.fail_after(WAIT_S):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lambda: run(config, environ={}, ready=ready))
@@ -341,12 +349,19 @@ async def test_in_process() -> None:
             with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}") as caught:
                 await run(taken, environ={})
             assert caught.value.errno == errno.EADDRINUSE
+            assert told[0].http is not None
+            port = int(told[0].http.rpartition(":")[2])
+            with pytest.raises(
+                OSError, match=f"cannot listen on 127.0.0.1:{port}.* --web-port takes another"
+            ):
+                await run(attrs.evolve(config, web=WebConfig(port=port)), environ={})
             nursery.cancel_scope.cancel()
-        with pytest.raises(ConfigurationError, match="token"):
-            await run(
-                Config(store=StoreConfig(path=":memory:"), control=ControlConfig(host="0.0.0.0", port=0)),
-                environ={},
-            )
+        for open_one in (
+            attrs.evolve(config, control=ControlConfig(host="0.0.0.0", port=0)),
+            attrs.evolve(config, web=WebConfig(host="0.0.0.0", port=0)),
+        ):
+            with pytest.raises(ConfigurationError, match="token"):
+                await run(open_one, environ={})
 
 
 PROMPTED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -386,6 +401,7 @@ async def test_a_prompt_is_asked_as_each_dialect_has_it() -> None:
             config = Config(
                 store=StoreConfig(path=":memory:"),
                 control=ControlConfig(port=0),
+                web=WebConfig(port=None),
                 discover=False,
                 upstreams=(
                     *(
@@ -443,6 +459,7 @@ async def test_the_circuit_of_a_failing_upstream() -> None:
             config = Config(
                 store=StoreConfig(path=":memory:"),
                 control=ControlConfig(port=0),
+                web=WebConfig(port=None),
                 discover=False,
                 circuit=CircuitPolicy(max_failures=2.5, backoff_s=3600, decay_s=3600),
                 upstreams=(

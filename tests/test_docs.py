@@ -230,7 +230,7 @@ async def test_the_client_example(capsys):
     namespace: dict[str, Any] = {}
     exec(code, namespace)
     config = parse(
-        'discover = false\n[control]\nport = 0\n[store]\npath = ":memory:"\n[shutdown]\ngrace_s = 0'
+        'discover = false\n[control]\nport = 0\n[web]\nport = "none"\n[store]\npath = ":memory:"\n[shutdown]\ngrace_s = 0'
     )
     up, down = trio.open_memory_channel[daemon.Ready](1)
     async with trio.open_nursery() as nursery:

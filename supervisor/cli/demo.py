@@ -55,6 +55,9 @@ discover = false
 port = 0
 token_file = {token}
 
+[web]
+port = "none"
+
 [store]
 path = {store}
 

@@ -165,7 +165,13 @@ def _add_daemon(commands: Any) -> None:
     serve.add_argument(
         "--host", help="the address to listen on (127.0.0.1); beyond loopback only with a token"
     )
-    serve.add_argument("--port", type=int, help="the port (7433); 0: any free one")
+    serve.add_argument("--port", type=int, help="the port of the control channel (7433); 0: any free one")
+    serve.add_argument(
+        "--web-port",
+        type=_web_port,
+        metavar="PORT",
+        help="the port of HTTP (7434); 0: any free one; none: no HTTP",
+    )
     serve.add_argument(
         "--simulated",
         action="store_true",
@@ -193,6 +199,13 @@ def _add_daemon(commands: Any) -> None:
     )
     _config_option(check)
     _add_prune(commands)
+
+
+def _web_port(value: str) -> int | str:
+    """Read a port, or `none`. Raises ArgumentTypeError."""
+    if value == "none" or value.isdecimal():
+        return value if value == "none" else int(value)
+    raise argparse.ArgumentTypeError(f"{value!r} is not valid; expected a port, or none")
 
 
 def _add_prune(commands: Any) -> None:

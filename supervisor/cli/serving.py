@@ -45,7 +45,8 @@ def serve(options: argparse.Namespace) -> int:
                     if options.json:
                         print_json(attrs.asdict(state))
                     else:
-                        print(f"stream-supervisor is listening on {state.url}", flush=True)  # noqa: T201  # the ready line
+                        where = state.url if state.http is None else f"{state.url} and {state.http}"
+                        print(f"stream-supervisor is listening on {where}", flush=True)  # noqa: T201  # the ready line
 
             return run_reporting(lambda: run(config, ready=ready, log=handler, simulated=options.simulated))
     except ConfigurationError as error:
@@ -140,8 +141,11 @@ def _with_options(config: Config, options: argparse.Namespace) -> Config:
         control = given(host=options.host, port=options.port, token_file=options.token_file)
         if options.token_file is not None:
             control["token_env"] = None
+        if options.web_port is not None:
+            config = _with_web_port(config, options.web_port)
         return attrs.evolve(
             config,
+            web=attrs.evolve(config.web, **given(host=options.host)),
             control=attrs.evolve(config.control, **control),
             store=attrs.evolve(config.store, **given(path=options.store)),
             shutdown=attrs.evolve(config.shutdown, **given(grace_s=options.grace)),
@@ -152,6 +156,14 @@ def _with_options(config: Config, options: argparse.Namespace) -> Config:
     except ConfigurationError as error:
         names = {"port": "--port", "path": "--store", "grace_s": "--grace", "token_env": "--token-file"}
         raise ConfigurationError(names.get(error.field, error.field), error.value, error.expected) from None
+
+
+def _with_web_port(config: Config, port: int | str) -> Config:
+    try:
+        web = attrs.evolve(config.web, port=port if isinstance(port, int) else None)
+    except ConfigurationError as error:
+        raise ConfigurationError("--web-port", error.value, error.expected.replace("None", "none")) from None
+    return attrs.evolve(config, web=web)
 
 
 def _secrets(config: Config, environ: Mapping[str, str]) -> list[str]:

@@ -106,6 +106,10 @@ class Daemon(Running):
     def url(self) -> str:
         return str(self.said["url"])
 
+    @property
+    def http(self) -> str:
+        return str(self.said["http"])
+
     def ask(self, question: Callable[[ControlClient], Awaitable[T]], *, token: str | None = TOKEN) -> T:
         """Connect, and return what `question(client)` does."""
 
@@ -134,6 +138,8 @@ def start_daemon(
         "--config",
         str(toml),
         "--port",
+        "0",
+        "--web-port",
         "0",
         "--json",
     ]

@@ -1,0 +1,485 @@
+"""HTTP/1.1 for an ASGI application: the listener, its connections, and everything that bounds them.
+
+The protocol is anycorn's (`H11Protocol`, over h11), and so is what lies between it and the application. The connection is
+ours, for what must hold of it here:
+
+- **A client that leaves is noticed at once**, also while it is being answered: somebody always reads from the socket. anycorn
+  stops reading when a further request has come in before the answer to this one is complete (pipelining); here reading goes
+  on (`_Pause`), up to `max_head_bytes`. A half-close counts as leaving. The application is told by `http.disconnect`, and has
+  `leave_s` to end by itself.
+- **Nothing waits without end.** A head has `head_s` from its first byte, a connection without a request `idle_s`, a body
+  `body_s`, and each piece of an answer `send_s` to be taken. What a connection that we end has still sent is read for
+  `linger_s`, or the answer to it, such as a 413, might be lost with it (RFC 9112, 9.6).
+- **Bounded.** Connections by `max_connections`: when there are as many, the one that has had no request for the longest makes
+  room, and if all are being answered the new one is told 503. Bodies by `max_body_bytes`, those of all requests together by
+  `bodies_bytes`.
+- **One connection hurts no other.** Whatever comes out of one is caught at its own nursery, logged and counted.
+- **HTTP/1.1 and nothing else.** An `Upgrade` is ignored, as RFC 9110 (7.8) allows: there is no way from here to HTTP/2 or WebSocket.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from typing import Any, NoReturn
+
+import anycorn.config
+import attrs
+import h11
+import trio
+from anycorn.events import Closed, Event, RawData, Updated
+from anycorn.protocol.h11 import H11Protocol
+from anycorn.task_group import TaskGroup
+from anycorn.typing import ConnectionState
+from anycorn.worker_context import WorkerContext
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from supervisor.errors import ConfigurationError
+
+__all__ = ["WebLimits", "WebServer", "WebStatistics"]
+
+_log = logging.getLogger("supervisor.web")
+
+_READ_BYTES = 1 << 16
+_LINGER_BYTES = 1 << 20
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\n"
+    b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
+)
+_FULL_BODY = (
+    b'{"error":{"kind":"too_many_connections","message":"as many requests are being answered as may be; try again",'
+    b'"temporary":true,"retry_after_s":1}}'
+)
+
+_MISTAKES = {
+    400: (b"invalid_request", b"this is not HTTP/1.1"),
+    408: (b"timeout", b"the head of the request did not arrive in time"),
+    431: (b"too_large", b"the head of the request is too large"),
+    501: (b"unsupported", b"this transfer encoding is not known here"),
+    505: (b"unsupported", b"only HTTP/1.1 is spoken here"),
+}
+
+
+@attrs.frozen(kw_only=True)
+class WebLimits:
+    """Every bound of the HTTP front. Times in seconds, sizes in bytes."""
+
+    max_connections: int = 4096
+    """Clients connected at the same time. One that has no request makes room; if there is none, 503."""
+    max_head_bytes: int = 32 << 10
+    """The head of a request, and what may be sent ahead while one is answered; more: 431."""
+    max_body_bytes: int = 32 << 20
+    """The body of a request; a larger one: 413."""
+    bodies_bytes: int = 256 << 20
+    """The bodies of all requests that are being answered; one more: 503."""
+    head_s: float = 10.0
+    """From the first byte of a request to the end of its head; longer: 408."""
+    idle_s: float = 75.0
+    """How long a connection is kept for a next request."""
+    body_s: float = 60.0
+    """From the end of a head to the end of the body; longer: 408."""
+    send_s: float = 30.0
+    """How long a client may take to take a piece of an answer; longer, and it is dropped."""
+    leave_s: float = 5.0
+    """How long the answering may go on for a client that has left."""
+    linger_s: float = 1.0
+    """How long what a client still sends is read when the connection is ended, so that the answer gets there."""
+
+    def __attrs_post_init__(self) -> None:
+        for name, value in attrs.asdict(self).items():
+            if not 0 < value < float("inf"):
+                raise ConfigurationError(name, value, "a number above 0")
+
+
+@attrs.frozen(kw_only=True)
+class WebStatistics:
+    """The front's figures at one moment. Counts are since the server was made."""
+
+    connections: int
+    busy: int
+    """Connections with a request that is being answered."""
+    body_bytes: int
+    """Held of the bodies of requests."""
+    requests: int
+    refused_full: int
+    made_room: int
+    """Connections without a request that were closed for others to come in."""
+    timeouts: int
+    """Heads and bodies that did not arrive in time."""
+    stalled: int
+    """Clients that did not take what was sent to them in time."""
+    protocol_errors: int
+    crashes: int
+    """Connections that ended by an exception nobody expected."""
+
+
+@attrs.define
+class _Counts:
+    requests: int = 0
+    refused_full: int = 0
+    made_room: int = 0
+    timeouts: int = 0
+    stalled: int = 0
+    protocol_errors: int = 0
+    crashes: int = 0
+
+
+class WebServer:
+    """Serves an ASGI application. Serve with `run`, or one connection at a time with `handle`."""
+
+    def __init__(self, app: ASGIApp, *, limits: WebLimits | None = None) -> None:
+        self.app = app
+        self.limits = WebLimits() if limits is None else limits
+        self.counts = _Counts()
+        self.body_bytes = 0
+        """Held of the bodies of requests."""
+        self.context = WorkerContext(None)
+        self.config = anycorn.config.Config()
+        self.config.include_server_header = False
+        self.config.errorlog = _log
+        self.config.h11_max_incomplete_size = self.limits.max_head_bytes
+        self.idle: OrderedDict[_Connection, None] = OrderedDict()
+        """The connections without a request, the one that has been so for the longest first."""
+        self.ports: tuple[int, ...] = ()
+        """The ports listened on, once `run` has started."""
+        self._connections: set[_Connection] = set()
+        self._ended = trio.Event()
+
+    def __repr__(self) -> str:
+        return f"<WebServer on {self.ports}: {len(self._connections)} connections, {len(self.idle)} idle>"
+
+    def statistics(self) -> WebStatistics:
+        """Return the front's figures."""
+        return WebStatistics(
+            connections=len(self._connections),
+            busy=len(self._connections) - len(self.idle),
+            body_bytes=self.body_bytes,
+            **attrs.asdict(self.counts),
+        )
+
+    async def run(  # noqa: ASYNC114  # no context manager starts it
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        task_status: trio.TaskStatus[tuple[int, ...]] = trio.TASK_STATUS_IGNORED,
+    ) -> NoReturn:
+        """Listen and serve until cancelled; report the ports as started. Raises OSError if it cannot listen."""
+        listeners = await trio.open_tcp_listeners(port, host=host)
+        self.ports = tuple(listener.socket.getsockname()[1] for listener in listeners)
+        task_status.started(self.ports)
+        await trio.serve_listeners(self.handle, listeners)
+
+    async def end(self) -> None:
+        """Close connections without a request, and each other one after its answer; return when there is none left.
+
+        Cancelled before that, it leaves the rest as they are.
+        """
+        await self.context.terminated.set()
+        for connection in tuple(self.idle):
+            connection.reading.cancel(reason="the server is ending")
+        while self._connections:
+            self._ended = trio.Event()
+            await self._ended.wait()
+
+    async def handle(self, transport: trio.SocketStream) -> None:
+        """Serve one connection to its end. Raises nothing but `trio.Cancelled`."""
+        if len(self._connections) >= self.limits.max_connections and not self._make_room():
+            self.counts.refused_full += 1
+            await _refuse(transport, self.limits.linger_s)
+            return
+        connection = _Connection(self, transport)
+        self._connections.add(connection)
+        self.idle[connection] = None
+        try:
+            await connection.run()
+        except* Exception:  # noqa: BLE001  # the boundary: one connection's error must not reach another
+            self.counts.crashes += 1
+            _log.exception("a connection ended by an unexpected error")
+        finally:
+            self._connections.discard(connection)
+            self.idle.pop(connection, None)
+            self._ended.set()
+
+    def _make_room(self) -> bool:
+        """End the connection that has been without a request for the longest. False if there is none."""
+        if not self.idle:
+            return False
+        connection, _ = self.idle.popitem(last=False)
+        self._connections.discard(connection)
+        self.counts.made_room += 1
+        connection.reading.cancel(reason="room was needed")
+        return True
+
+
+async def _refuse(transport: trio.SocketStream, within_s: float) -> None:
+    """Say that there is no room."""
+    with trio.move_on_after(within_s):
+        try:
+            await transport.send_all(_FULL % (len(_FULL_BODY), _FULL_BODY))
+            await _linger(transport)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+            pass
+    await trio.aclose_forcefully(transport)
+
+
+async def _linger(transport: trio.SocketStream) -> None:
+    """Say that nothing more will come, and read away what still does, for a reset would take the answer with it."""
+    await transport.send_eof()
+    read = 0
+    while read < _LINGER_BYTES and (data := await transport.receive_some(_READ_BYTES)):
+        read += len(data)
+
+
+# --- one connection --------------------------------------------------------------------------------------------------
+
+
+class _Left(Exception):  # noqa: N818  # it is no error
+    """The client has closed the connection, or has sent more than it may while it is being answered."""
+
+
+class _Protocol(H11Protocol):
+    """anycorn's, without the ways out of HTTP/1.1."""
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        """Take no notice of an upgrade to HTTP/2, nor of its preface."""
+
+    async def _send_error_response(self, status_code: int) -> None:
+        """Refuse what is no request, in words."""
+        kind, message = _MISTAKES.get(status_code, _MISTAKES[400])
+        body = b'{"error":{"kind":"%b","message":"%b","temporary":false,"retry_after_s":null}}' % (
+            kind,
+            message,
+        )
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"connection", b"close"),
+        ]
+        await self._send_h11_event(h11.Response(status_code=status_code, headers=headers))
+        await self._send_h11_event(h11.Data(data=body))
+        await self._send_h11_event(h11.EndOfMessage())
+
+    async def _create_stream(self, request: h11.Request) -> None:
+        if any(name == b"upgrade" for name, _ in request.headers):
+            request = h11.Request(
+                method=request.method,
+                target=request.target,
+                headers=[(name, value) for name, value in request.headers if name != b"upgrade"],
+                http_version=request.http_version,
+            )
+        await super()._create_stream(request)
+
+
+class _Pause:
+    """What anycorn waits for when a request is pipelined: here it goes on reading, or nobody would see the client leave."""
+
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+        self._over = False
+        self._reading = trio.CancelScope()
+
+    async def clear(self) -> None:
+        self._over = False
+
+    async def set(self) -> None:
+        self._over = True
+        self._reading.cancel()
+
+    def is_set(self) -> bool:
+        return self._over
+
+    async def wait(self) -> None:
+        connection, read = self._connection, 0
+        with trio.CancelScope() as self._reading:
+            while not self._over:
+                data = await connection.receive()
+                read += len(data)
+                if read > connection.limits.max_head_bytes:
+                    connection.server.counts.protocol_errors += 1
+                    raise _Left
+                connection.protocol.connection.receive_data(data)
+
+
+class _Connection:
+    """One client. Three parties: the reader (`_read`), the application's task, and the deadline of `reading`."""
+
+    def __init__(self, server: WebServer, transport: trio.SocketStream) -> None:
+        self.server = server
+        self.limits = server.limits
+        self.protocol: H11Protocol
+        self.reading = trio.CancelScope()
+        """Around all reading: to cancel it is to end the connection, its deadline is that of the next request."""
+        self._transport = transport
+        self._sending = trio.Lock()
+        self._begun = False
+        """Whether something of the next request has arrived."""
+        self._dead = False
+        """Whether there is no point in sending."""
+
+    async def run(self) -> None:
+        transport = self._transport
+        try:
+            client = _peer(transport.socket.getpeername())
+            here = _peer(transport.socket.getsockname())
+            with trio.CancelScope() as self._scope:
+                async with TaskGroup() as tasks:
+                    server = self.server
+                    self.protocol = _Protocol(
+                        self._serve,  # type: ignore[arg-type]  # anycorn types messages more closely than ASGI does
+                        server.config,
+                        server.context,
+                        tasks,
+                        ConnectionState({}),
+                        client,
+                        here,
+                        self._send,
+                        None,
+                    )
+                    self.protocol.can_read = _Pause(self)
+                    await self._read()
+                    self._scope.deadline = trio.current_time() + self.limits.leave_s
+                    await self.protocol.handle(Closed())
+            if not self._dead:
+                with trio.move_on_after(self.limits.linger_s):
+                    await _linger(transport)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+            pass
+        finally:
+            await trio.aclose_forcefully(transport)
+
+    async def receive(self) -> bytes:
+        """Return what the client sends next. Raises _Left."""
+        try:
+            data = await self._transport.receive_some(_READ_BYTES)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            data = b""
+        if not data:
+            self._dead = True
+            raise _Left
+        return data
+
+    async def _read(self) -> None:
+        """Hand what arrives to the protocol, until the client leaves or the connection is to end."""
+        with self.reading:
+            self.reading.deadline = trio.current_time() + self.limits.idle_s
+            while True:
+                try:
+                    data = await self.receive()
+                    if not self._begun:
+                        self._begun = True
+                        self.reading.deadline = trio.current_time() + self.limits.head_s
+                    await self.protocol.handle(RawData(bytes(data)))
+                except _Left:
+                    return
+        if self._begun and self in self.server.idle:  # its time is over
+            self.server.counts.timeouts += 1
+            with trio.move_on_after(self.limits.linger_s):
+                await self.protocol._send_error_response(408)  # noqa: SLF001  # as it answers a head that is too large
+
+    async def _send(self, event: Event) -> None:
+        """Do what the protocol says."""
+        if isinstance(event, RawData):
+            if not self._dead and event.data:
+                await self._write(event.data)
+        elif isinstance(event, Updated):
+            idle = self.server.idle
+            if event.idle:
+                self._begun = False
+                idle[self] = None
+                self.reading.deadline = trio.current_time() + self.limits.idle_s
+            else:
+                self._begun = True
+                idle.pop(self, None)
+                self.reading.deadline = float("inf")
+        elif isinstance(event, Closed):
+            if self in self.server.idle:
+                self.server.counts.protocol_errors += 1
+            self.reading.cancel(reason="the protocol has ended the connection")
+
+    async def _write(self, data: bytes) -> None:
+        async with self._sending:
+            whole = False
+            try:
+                with trio.fail_after(self.limits.send_s):
+                    await self._transport.send_all(data)
+                whole = True
+            except trio.TooSlowError:
+                self.server.counts.stalled += 1
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass
+            finally:
+                if not whole:  # what has been cut short cannot be gone on with
+                    self._dead = True
+                    self.reading.cancel(reason="nothing can be sent")
+
+    async def _serve(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        _run_sync: object,
+        _call_soon: object,
+    ) -> None:
+        """Have a request answered, its body within its limits."""
+        self.server.counts.requests += 1
+        body = _Body(self.server, scope, receive)
+        try:
+            await self.server.app(scope, body.receive, send)
+        finally:
+            body.forget()
+
+
+class _Body:
+    """The body of a request on its way to the application: how much there is, and how long it takes."""
+
+    def __init__(self, server: WebServer, scope: Scope, receive: Receive) -> None:
+        self._server = server
+        self._receive = receive
+        self._deadline = trio.current_time() + server.limits.body_s
+        self._size = 0
+        self._whole = False
+        self._stated = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+
+    async def receive(self) -> Message:
+        """Return what comes next. Raises HTTPException 413, 408 or 503; a cancel takes nothing."""
+        if self._whole:
+            return await self._receive()
+        server, limits = self._server, self._server.limits
+        if int(self._stated) > limits.max_body_bytes:
+            raise self._too_large()
+        message: Message | None = None
+        with trio.move_on_at(self._deadline):
+            message = await self._receive()
+        if message is None:
+            server.counts.timeouts += 1
+            raise HTTPException(408, f"the body did not arrive within {limits.body_s:g} s")
+        if message["type"] == "http.request":
+            size = len(message.get("body", b""))
+            self._size += size
+            server.body_bytes += size
+            self._whole = not message.get("more_body", False)
+            if self._size > limits.max_body_bytes:
+                raise self._too_large()
+            if server.body_bytes > limits.bodies_bytes:
+                raise HTTPException(
+                    503,
+                    "the bodies of the requests under way take all the room there is",
+                    {"retry-after": "1"},
+                )
+        else:
+            self._whole = True
+        return message
+
+    def forget(self) -> None:
+        """Hold it no more."""
+        self._server.body_bytes -= self._size
+        self._size = 0
+
+    def _too_large(self) -> HTTPException:
+        return HTTPException(413, f"a body may have at most {self._server.limits.max_body_bytes} bytes")
+
+
+def _peer(address: Any) -> tuple[str, int] | None:
+    return (address[0], address[1]) if isinstance(address, tuple) else None
