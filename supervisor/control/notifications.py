@@ -24,7 +24,18 @@ from supervisor.control.frames import OP_TEXT, build_head
 from supervisor.control.messages import EventMessage, SnapshotMessage
 from supervisor.stores import Event
 
-__all__ = ["NOTHING", "Batch", "cut", "encode_events", "encode_text", "sub_prefix"]
+__all__ = [
+    "NOTHING",
+    "Batch",
+    "cut",
+    "encode_event",
+    "encode_events",
+    "encode_text",
+    "event_messages",
+    "snapshot_event",
+    "sub_prefix",
+    "text_messages",
+]
 
 _OVERHEAD_BYTES = 512
 _encode = msgspec.json.Encoder().encode
@@ -32,11 +43,26 @@ _encode = msgspec.json.Encoder().encode
 
 def encode_events(events: Sequence[Event]) -> bytes:
     """Encode events as the JSON array of the view `events`. The same bytes serve every subscriber of the stream."""
-    return _encoded([_event_message(event) for event in events])
+    return _encoded(event_messages(events))
 
 
 def encode_text(events: Sequence[Event]) -> bytes:
-    """Encode events as the JSON array of the view `text`: runs of text joined, everything but `data` as it is."""
+    """Encode events as the JSON array of the view `text`."""
+    return _encoded(text_messages(events))
+
+
+def encode_event(message: EventMessage) -> bytes:
+    """Encode one event as JSON."""
+    return _encoded([message])[1:-1]
+
+
+def event_messages(events: Sequence[Event]) -> list[EventMessage]:
+    """Return the view `events`: each as it is."""
+    return [_event_message(event) for event in events]
+
+
+def text_messages(events: Sequence[Event]) -> list[EventMessage]:
+    """Return the view `text`: runs of text joined, everything but `data` as it is."""
     messages: list[EventMessage] = []
     run: list[Event] = []
     for event in events:
@@ -48,7 +74,21 @@ def encode_text(events: Sequence[Event]) -> bytes:
         run = []
         messages.append(_event_message(event))
     messages.extend(_text_message(run))
-    return _encoded(messages)
+    return messages
+
+
+def snapshot_event(event: Event, *, after: int, stream_id: str, state: str) -> EventMessage:
+    """Return a `snapshot` event, which stands for all events after a position: it is no part of the journal."""
+    # Our own JSON, as in `_event_message`, with what a snapshot of the channel tells beside.
+    told = b'{"id":%b,"state":%b,%b' % (_encode(stream_id), _encode(state), event.payload[1:])
+    return EventMessage(
+        kind="snapshot",
+        at=event.at,
+        seq=event.seq,
+        first=after + 1,
+        last=event.seq,
+        snapshot=cast("SnapshotMessage", msgspec.Raw(told)),
+    )
 
 
 def _text_message(run: Sequence[Event]) -> Iterator[EventMessage]:
@@ -148,17 +188,8 @@ class Batch:
 
     @classmethod
     def of_snapshot(cls, event: Event, *, after: int, stream_id: str, state: str) -> Batch:
-        """Encode a `snapshot` event, which stands for all events after a position: it is no part of the journal."""
-        # Our own JSON, as in `_event_message`, with what a snapshot of the channel tells beside.
-        told = b'{"id":%b,"state":%b,%b' % (_encode(stream_id), _encode(state), event.payload[1:])
-        message = EventMessage(
-            kind="snapshot",
-            at=event.at,
-            seq=event.seq,
-            first=after + 1,
-            last=event.seq,
-            snapshot=cast("SnapshotMessage", msgspec.Raw(told)),
-        )
+        """Encode a `snapshot` event."""
+        message = snapshot_event(event, after=after, stream_id=stream_id, state=state)
         rest = b'","epoch":%d,"first":%d,"last":%d,"events":%b}}' % (
             event.epoch,
             after + 1,

@@ -24,6 +24,7 @@ import attrs
 import msgspec
 import trio
 
+from supervisor.control import answers
 from supervisor.control.delivery import Delivery, SessionLimits, Watch
 from supervisor.control.link import Link
 from supervisor.control.messages import (
@@ -35,7 +36,6 @@ from supervisor.control.messages import (
     CloseCode,
     CreditParams,
     CreditResult,
-    CursorMessage,
     DrainParams,
     DrainResult,
     HelloParams,
@@ -71,15 +71,10 @@ from supervisor.control.rpc import (
     read_params,
     result_reply,
 )
-from supervisor.dialects import Snapshot
 from supervisor.errors import ControlClosedError, SupervisorError
 from supervisor.streams import (
-    CancelResult,
     Cursor,
-    OnDetach,
     Outcome,
-    Stream,
-    StreamInfo,
     Supervisor,
 )
 
@@ -341,88 +336,27 @@ class Session:
         )
 
     async def _start(self, params: StartParams) -> StartResult:
-        resolved = self._host.resolve(params)
-        started = self._supervisor.start_nowait(
-            resolved.source,
-            key=params.key,
-            on_conflict=params.on_conflict,
-            on_detach=OnDetach(mode=params.on_detach.mode, grace_s=params.on_detach.grace_s),
-            deadlines=attrs.evolve(
-                resolved.deadlines or self._supervisor.deadlines, **params.deadlines.given()
-            ),
-            labels=params.labels,
-            tenant=params.tenant,
-            upstream=params.upstream,
-            delivery=params.delivery,
-            meta=resolved.meta,
-        )
-        stream = started.stream
-        await stream.recorded()
-        return StartResult(
-            id=stream.id, key=stream.key, epoch=stream.epoch, created=started.created, state=str(stream.state)
-        )
+        return await answers.start(self._supervisor, self._host.resolve, params)
 
     async def _get(self, params: StreamParams) -> StreamMessage:
-        stream = await self._supervisor.find(params.id, key=params.key)
-        return _stream_message(stream.info())
+        return await answers.get(self._supervisor, params)
 
     async def _list(self, params: ListParams) -> ListResult:
-        wanted = params.limit + 1
-        if params.live is None:
-            found = await self._supervisor.history(
-                states=params.states,
-                labels=params.labels,
-                key=params.key,
-                upstream=params.upstream,
-                tenant=params.tenant,
-                before_id=params.before,
-                limit=wanted,
-            )
-        else:
-            found = self._supervisor.list(
-                states=params.states,
-                labels=params.labels,
-                key=params.key,
-                upstream=params.upstream,
-                tenant=params.tenant,
-                live=params.live,
-            )
-            if params.before is not None:
-                found = [info for info in found if info.id < params.before]
-        page = found[: params.limit]
-        more = len(found) > params.limit
-        return ListResult(
-            streams=tuple(map(_stream_message, page)), next=page[-1].id if more and page else None
-        )
+        return await answers.list_streams(self._supervisor, params)
 
     async def _cancel(self, params: CancelParams) -> CancelResultMessage | CancelManyResult:
-        results = await self._supervisor.cancel(
-            params.id,
-            key=params.key,
-            labels=params.labels,
-            all_streams=params.all,
-            reason=params.reason,
-            actor=params.actor or self._client or "control",
-            mode=params.mode,
-            drain_s=params.drain_s,
-            drain_tokens=params.drain_tokens,
-            wait_s=params.wait_s,
-        )
-        if params.id is not None or params.key is not None:
-            return _cancel_message(results[0])
-        return CancelManyResult(results=tuple(map(_cancel_message, results)))
+        return await answers.cancel(self._supervisor, params, actor=self._client or "control")
 
     async def _subscribe(self, params: SubscribeParams) -> tuple[SubscribeResult, _AfterReply]:
         self._check_subscriptions()
         stream = await self._supervisor.find(params.id, key=params.key)
         self._check_subscriptions()  # again: others were answered meanwhile
-        after = params.after
-        place = Cursor(after.epoch, after.seq) if isinstance(after, CursorMessage) else after
+        place = answers.place_of(params)
         snapshot: SnapshotMessage | None = None
         if place == "snapshot":
             folded = await stream.read_snapshot()  # it may no longer be in memory
             self._check_subscriptions()
-            snapshot = _snapshot_message(stream, folded)
+            snapshot = answers.snapshot_message(stream, folded)
             place = Cursor(folded.epoch, folded.seq)
         events = stream.subscribe(place, max_behind=params.max_behind)
         events.__enter__()  # left when the delivery drops it, which `run` guarantees
@@ -469,11 +403,10 @@ class Session:
         outcome: Outcome | None = None
         with trio.move_on_after(float("inf") if params.timeout_s is None else params.timeout_s):
             outcome = await stream.wait()
-        return WaitResult(id=stream.id, state=str(stream.state), outcome=_outcome_json(outcome))
+        return WaitResult(id=stream.id, state=str(stream.state), outcome=answers.outcome_json(outcome))
 
     async def _snapshot(self, params: StreamParams) -> SnapshotMessage:
-        stream = await self._supervisor.find(params.id, key=params.key)
-        return _snapshot_message(stream, await stream.read_snapshot())
+        return await answers.snapshot(self._supervisor, params)
 
     def _stats(self, params: NoParams) -> dict[str, Any]:
         del params
@@ -557,32 +490,3 @@ def _split(answer: Any) -> tuple[object, _AfterReply | None]:
 
 def _array(replies: Sequence[bytes]) -> bytes:
     return b"[%b]" % b",".join(replies)
-
-
-# --- from the domain to the wire --------------------------------------------------------------------------------------
-
-
-def _outcome_json(outcome: Outcome | None) -> dict[str, Any] | None:
-    # The outcome's own JSON, embedded as it is journalled; the declared type says what a reader will find.
-    return None if outcome is None else cast("dict[str, Any]", msgspec.Raw(outcome.to_json()))
-
-
-def _stream_message(info: StreamInfo) -> StreamMessage:
-    fields = {field: getattr(info, field) for field in StreamMessage.__struct_fields__}
-    return StreamMessage(**{**fields, "outcome": _outcome_json(info.outcome)})
-
-
-def _cancel_message(result: CancelResult) -> CancelResultMessage:
-    return CancelResultMessage(
-        outcome=result.outcome,
-        id=result.id,
-        key=result.key,
-        state=None if result.state is None else str(result.state),
-        reason=result.reason,
-        error=msgspec.UNSET if result.error is None else result.error,
-    )
-
-
-def _snapshot_message(stream: Stream, snapshot: Snapshot) -> SnapshotMessage:
-    fields = msgspec.to_builtins(snapshot)
-    return msgspec.convert({**fields, "id": stream.id, "state": str(stream.state)}, SnapshotMessage)
