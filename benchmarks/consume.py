@@ -132,7 +132,7 @@ class _Count:
             self.begun = True
             self.tally.live += 1
 
-    def skip(self, payload, why) -> None:  # noqa: ARG002 (the sink's protocol)
+    def skip(self, payload, why, name="") -> None:  # noqa: ARG002 (the sink's protocol)
         raise AssertionError(why)
 
     def touch(self) -> None: ...

@@ -186,7 +186,7 @@ class _Count:
     def append(self, payload, name, deltas) -> None:  # noqa: ARG002 (the sink's protocol)
         self.events += 1
 
-    def skip(self, payload, why) -> None:  # noqa: ARG002 (the sink's protocol)
+    def skip(self, payload, why, name="") -> None:  # noqa: ARG002 (the sink's protocol)
         raise AssertionError(why)
 
     def touch(self) -> None: ...

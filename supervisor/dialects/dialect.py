@@ -70,8 +70,8 @@ class Call:
     path: str
     """What follows the base URL; it may have a query."""
     method: Literal["DELETE", "GET", "POST"] = "POST"
-    body: Mapping[str, Any] | None = None
-    """The JSON object to send."""
+    body: Mapping[str, Any] | bytes | None = None
+    """The JSON object to send; bytes: as they are."""
     headers: Mapping[str, str] = attrs.field(default=_NONE, hash=False)
 
 

@@ -28,7 +28,7 @@ How the body is cut into events is decided by its first bytes, with what the res
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import msgspec
 
@@ -66,8 +66,8 @@ class Sink(Protocol):
         """
         ...
 
-    def skip(self, payload: bytes, why: str) -> None:
-        """Take an event that could not be read."""
+    def skip(self, payload: bytes, why: str, name: str = "") -> None:
+        """Take an event that could not be read; `name` as for `append`."""
         ...
 
     def touch(self) -> None:
@@ -212,6 +212,14 @@ class BodyReader:
         if self._event_id is not None:
             return self._event_id
         return self._decoder.last_event_id if isinstance(self._decoder, SSEDecoder) else self._event_id_before
+
+    @property
+    def framing(self) -> Literal["sse", "ndjson", "json-array", "json"] | None:
+        """How the body is framed, once that is clear; `json`: a JSON value that is in no array."""
+        if self._decoder is None:
+            return None
+        decoder = self._decoder
+        return "json" if isinstance(decoder, JSONArrayDecoder) and not decoder.arrays else self._framing
 
     @property
     def retry_ms(self) -> int | None:
@@ -410,7 +418,7 @@ class BodyReader:
             try:
                 deltas = read(data, name)
             except UnparseableError as exc:
-                self._skip(data, str(exc))
+                self._skip(data, str(exc), "" if name == "message" else name)
                 sealed = sink.sealed
                 continue
             self.events += 1
@@ -450,9 +458,9 @@ class BodyReader:
         reason = self._reader.ending()
         return None if reason is None else reason[:MAX_REASON_CHARS]
 
-    def _skip(self, data: bytes, why: str) -> None:
+    def _skip(self, data: bytes, why: str, name: str) -> None:
         self.skipped += 1
-        self._sink.skip(data, why)
+        self._sink.skip(data, why, name)
         if self.skipped > self._max_unparseable:
             message = f"{self.skipped} events could not be read (max_unparseable is {self._max_unparseable}); the last: {why}"
             self._fail("protocol", Fault(kind="protocol", message=message))

@@ -94,7 +94,7 @@ class _Recording:
         for delta in deltas:
             self.fold.apply(delta)
 
-    def skip(self, payload: bytes, why: str) -> None:
+    def skip(self, payload: bytes, why: str, name: str = "") -> None:
         """Nothing: the body reader counts."""
 
     def touch(self) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Output"]
 
-_MAX_SKIPPED_BYTES = 4096  # of an unparseable payload, what the journal keeps
+_MAX_SKIPPED_BYTES = 64 << 10  # of an unparseable payload, what the journal keeps
 
 
 class Output:
@@ -210,8 +210,8 @@ class Output:
                 self._stream.answer_began()
         self._tally.events += 1
 
-    def skip(self, payload: bytes, why: str) -> None:
-        """Count and journal a payload that could not be read."""
+    def skip(self, payload: bytes, why: str, name: str = "") -> None:
+        """Count and journal a payload that could not be read, of an event of this name."""
         kept = payload[:_MAX_SKIPPED_BYTES]
         record: dict[str, Any] = {"why": why, "bytes": len(payload)}
         try:
@@ -222,7 +222,7 @@ class Output:
         if self._withdraws:
             self._journal.check_add(encoded)
             self._withdraw()
-        self._journal.add(time.time(), "skipped", encoded)
+        self._journal.add(time.time(), "skipped", encoded, name)
         self._begun = True
         self._tally.skipped += 1
 

@@ -49,7 +49,7 @@ class Sink:
             if delta.terminal:
                 self.terminal = self.events[-1]
 
-    def skip(self, payload: bytes, why: str) -> None:
+    def skip(self, payload: bytes, why: str, name: str = "") -> None:  # noqa: ARG002 - only why counts
         """Keep why the first one could not be read."""
         self.skipped = self.skipped or f"{why}: {shown(payload)}"
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import attrs
 import httpx
@@ -26,13 +26,13 @@ from supervisor.errors import ConnectError, RemoteProtocolError, UpstreamClosedE
 from supervisor.upstream.exchange import Exchange
 from supervisor.upstream.ladder import Failure
 from supervisor.upstream.retry import RetryPolicy, retry_after_s, should_retry
-from supervisor.upstream.veil import veil_for
+from supervisor.upstream.veil import Veil, veil_for
 
 if TYPE_CHECKING:
     from supervisor.streams import Output
     from supervisor.upstream.catalog import Upstream
 
-__all__ = ["Attempt", "Transport", "ask", "make_request"]
+__all__ = ["Answered", "Attempt", "Transport", "ask", "make_request"]
 
 ERROR_BODY_BYTES: Final = 64 << 10
 """How much of an error response is read."""
@@ -58,16 +58,32 @@ class Transport(Protocol):
         ...
 
 
+@attrs.frozen(kw_only=True)
+class Answered:
+    """How an upstream answered, without the credential that it may have repeated."""
+
+    upstream: str
+    status: int
+    headers: Mapping[str, str]
+    """By their names in lower case; of several of one name, all in one."""
+    body: bytes = b""
+    """Of an error, or of what is no stream: as much of it as was read."""
+    framing: Literal["sse", "ndjson", "json-array", "json"] | None = None
+    """How the events of a stream are framed."""
+
+
 class Attempt:
     """One attempt, and the sink of its reader. `run` makes it; what it has learned is there afterwards.
 
     policy: which statuses are worth another attempt. ends: the HTTP statuses that say there is nothing more. reader and last_event_id: to
-    read on where an earlier attempt of the same response stopped.
+    read on where an earlier attempt of the same response stopped. on_answered: told of an HTTP error, and of a stream before its
+    first event is added.
     """
 
     __slots__ = (
         "_ends",
         "_first_event_id",
+        "_headers",
         "_last_event_id",
         "_policy",
         "_transport",
@@ -78,6 +94,7 @@ class Attempt:
         "body",
         "connected",
         "failed",
+        "on_answered",
         "on_begun",
         "out",
         "reader",
@@ -96,6 +113,7 @@ class Attempt:
         last_event_id: str = "",
         first_event_id: str = "",
         on_begun: Callable[[], None] | None = None,
+        on_answered: Callable[[Answered], None] | None = None,
     ) -> None:
         self.out = out
         self._upstream = upstream
@@ -108,6 +126,8 @@ class Attempt:
         self._first_event_id = first_event_id
         self.on_begun = on_begun
         """Called when the first event has come."""
+        self.on_answered = on_answered
+        self._headers: tuple[int, Mapping[str, str]] = (0, {})
         self.append: Callable[[bytes, str, tuple[Delta, ...]], bool | None] = self._append
         """Takes one wire event: once the answer has begun and there is no credential to look for, the stream's output itself."""
         self.failed: tuple[str, Fault] | None = None
@@ -147,7 +167,7 @@ class Attempt:
         all together by a full garbage collection, which stops everybody.
         """
         body, self.body = self.body, None
-        self.on_begun = None
+        self.on_begun = self.on_answered = None
         self.append = self.out.append
         return body
 
@@ -183,6 +203,7 @@ class Attempt:
             message = f"the response is encoded as {encoding[:40]!r}, though only identity was asked for"
             return Failure("protocol", Fault(kind="protocol", message=message), again=False)
         out = self.out
+        self._headers = exchange.status, exchange.headers
         reader = self.body = BodyReader(
             self._upstream.dialect,
             self,
@@ -273,7 +294,10 @@ class Attempt:
             await exchange.aclose()
         if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
             body.clear()
-        fault = self._upstream.dialect.fault(status, bytes(body[:ERROR_BODY_BYTES]))
+        told = bytes(body[:ERROR_BODY_BYTES])
+        if self.on_answered is not None:
+            self.on_answered(_answered(self._upstream, status, headers, self._veil, body=told))
+        fault = self._upstream.dialect.fault(status, told)
         if (asked := retry_after_s(headers)) is not None:
             fault = msgspec.structs.replace(fault, retry_after_s=asked)
         return Failure("http_status", fault, should_retry(self._policy, status, fault, headers))
@@ -295,19 +319,20 @@ class Attempt:
             payload, name, deltas = veil.event(payload, name, deltas, self._upstream.dialect)
         if not self.begun:
             if any(delta.fault is not None for delta in deltas):
+                self._tell()
                 self.told = (payload, name, deltas)
                 return
             self._begin()
         self.out.append(payload, name, deltas)
 
-    def skip(self, payload: bytes, why: str) -> None:
+    def skip(self, payload: bytes, why: str, name: str = "") -> None:
         """Take an event that could not be read."""
         if not self.begun:
             self._begin()
         veil = self._veil
         if veil is not None:
-            payload, why = veil.payload(payload), veil.shortened(why)
-        self.out.skip(payload, why)
+            payload, why, name = veil.payload(payload), veil.shortened(why), veil.shortened(name)
+        self.out.skip(payload, why, name)
 
     def touch(self) -> None:
         """Learn that the upstream is alive."""
@@ -326,7 +351,13 @@ class Attempt:
         self.failed = (reason, fault)
         return True
 
+    def _tell(self) -> None:
+        if self.on_answered is not None and self.body is not None:
+            framing = self.body.framing
+            self.on_answered(_answered(self._upstream, *self._headers, self._veil, framing=framing))
+
     def _begin(self) -> None:
+        self._tell()
         self.begun = True
         if self._veil is None:
             self.append = self.out.append
@@ -353,7 +384,8 @@ def make_request(upstream: Upstream, call: Call | bytes, secret: str) -> httpx.R
     if isinstance(call, Call):
         method, url = call.method, upstream.base_url.rstrip("/") + call.path
         headers.update(call.headers)
-        body = b"" if call.body is None else msgspec.json.encode(call.body)
+        given = call.body
+        body = given if isinstance(given, bytes) else b"" if given is None else msgspec.json.encode(given)
     if method == "POST":
         headers["Content-Type"] = "application/json"
     headers.update(upstream.headers)
@@ -368,18 +400,35 @@ def make_request(upstream: Upstream, call: Call | bytes, secret: str) -> httpx.R
     )
 
 
-async def ask(transport: Transport, upstream: Upstream, call: Call, *, max_bytes: int) -> tuple[int, bytes]:
-    """Make a request that is no stream; return the status and at most so much of the body. Raises UpstreamError."""
-    exchange = await transport.open(make_request(upstream, call, upstream.secret()))
+async def ask(transport: Transport, upstream: Upstream, call: Call, *, max_bytes: int) -> Answered:
+    """Make a request that is no stream; return the answer, with at most so much of its body. Raises UpstreamError."""
+    secret = upstream.secret()
+    exchange = await transport.open(make_request(upstream, call, secret))
     try:
         body = bytearray()
         while len(body) < max_bytes and (data := await exchange.receive()):
             body += data
         if exchange.at_end:
             await exchange.aclose()
-        return exchange.status, bytes(body[:max_bytes])
+        veil = veil_for(secret, max_bytes)
+        return _answered(upstream, exchange.status, exchange.headers, veil, body=bytes(body[:max_bytes]))
     finally:
         exchange.abort()  # of no effect after the aclose of an exchange that ended well
+
+
+def _answered(
+    upstream: Upstream,
+    status: int,
+    headers: Mapping[str, str],
+    veil: Veil | None,
+    *,
+    body: bytes = b"",
+    framing: Literal["sse", "ndjson", "json-array", "json"] | None = None,
+) -> Answered:
+    if veil is not None:
+        body = veil.payload(body)
+        headers = {name: veil.shortened(value) for name, value in headers.items()}
+    return Answered(upstream=upstream.name, status=status, headers=dict(headers), body=body, framing=framing)
 
 
 # --- failures --------------------------------------------------------------------------------------------------------

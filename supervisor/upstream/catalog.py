@@ -29,7 +29,7 @@ from supervisor.upstream.retry import RetryPolicy
 from supervisor.upstream.source import HttpSource
 
 if TYPE_CHECKING:
-    from supervisor.upstream.attempt import Transport
+    from supervisor.upstream.attempt import Answered, Transport
     from supervisor.upstream.ladder import Breaker
 
 __all__ = ["Credential", "Upstream", "discover"]
@@ -411,9 +411,19 @@ class Upstream:
         transport: Transport,
         retry: RetryPolicy | None = None,
         circuits: Callable[[str], Breaker | None] | None = None,
+        first: Callable[[Upstream], Call] | None = None,
+        answered: Callable[[Answered], None] | None = None,
     ) -> HttpSource:
         """Return the source for one request. Raises ConfigurationError for a bad request or a missing credential."""
-        return HttpSource(self, request, transport=transport, retry=retry, circuits=circuits)
+        return HttpSource(
+            self,
+            request,
+            transport=transport,
+            retry=retry,
+            circuits=circuits,
+            first=first,
+            answered=answered,
+        )
 
 
 def discover(environ: Mapping[str, str] | None = None) -> list[Upstream]:

@@ -121,11 +121,13 @@ class Ladder:
         "_breakers",
         "_burned",
         "_draw",
+        "_first",
         "_given_up",
         "_here",
         "_lost",
         "_made",
         "_open_circuit",
+        "_own",
         "_owner",
         "_policy",
         "_request",
@@ -143,8 +145,12 @@ class Ladder:
         *,
         draw: Callable[[], float],
         breakers: Callable[[str], Breaker | None],
+        first: Callable[[Upstream], Call] | None = None,
     ) -> None:
         self._request = request
+        self._own = first is not None
+        """Whether what starts an answer is made by the program: then it cannot be made anew, to go on from a text."""
+        self._first: Callable[[Upstream], Call | bytes] = first or self._usual
         self._targets = list(targets)
         self._policy = policy
         self._draw = draw
@@ -196,13 +202,13 @@ class Ladder:
                 break
         self._made = 1
         if not self._here:
-            return Step(rung=None, upstream=self._upstream, call=self._upstream.first(self._request))
+            return Step(rung=None, upstream=self._upstream, call=self._first(self._upstream))
         self._rung = "fallback"
         skipped = ", ".join(upstream.name for upstream in self._targets[: self._here])
         return Step(
             rung="fallback",
             upstream=self._upstream,
-            call=self._upstream.first(self._request),
+            call=self._first(self._upstream),
             cause=f"circuit open: {skipped}",
         )
 
@@ -248,6 +254,9 @@ class Ladder:
         fault = self._lost.fault
         message = f"{fault.message}; then {self._rung or 'another attempt'} failed: {failure.fault.message}"
         return attrs.evolve(self._lost, fault=msgspec.structs.replace(fault, message=message), event=None)
+
+    def _usual(self, upstream: Upstream) -> Call | bytes:
+        return upstream.first(self._request)
 
     # --- the rungs ---------------------------------------------------------------------------------------------------
 
@@ -316,7 +325,7 @@ class Ladder:
         del at
         if not failure.again:
             return "time does not heal this failure"
-        return Step(rung="retry", upstream=self._upstream, call=self._upstream.first(self._request))
+        return Step(rung="retry", upstream=self._upstream, call=self._first(self._upstream))
 
     def _sequence(self, failure: Failure, at: Standing) -> Step | str:
         if failure.began and failure.reason == "provider_error":
@@ -347,6 +356,8 @@ class Ladder:
         del failure
         if "continuation" not in self._policy.resume:
             return "the policy does not name it"
+        if self._own:
+            return "the request is sent as it is"
         if self._here != self._owner:
             return "another upstream began this answer"
         answer = at.answer
@@ -360,7 +371,7 @@ class Ladder:
             return "reasoning or a refusal had begun, which cannot be given back"
         text = answer.text.rstrip()
         if not text:  # to go on from nothing is to ask again; nobody misses what is withdrawn
-            return Step(rung="restart", upstream=self._upstream, call=self._upstream.first(self._request))
+            return Step(rung="restart", upstream=self._upstream, call=self._first(self._upstream))
         request = self._upstream.continued(self._request, text)
         if isinstance(request, str):
             return request
@@ -375,7 +386,7 @@ class Ladder:
         del failure, at
         if "restart" not in self._policy.resume:
             return "the policy does not name it"
-        return Step(rung="restart", upstream=self._upstream, call=self._upstream.first(self._request))
+        return Step(rung="restart", upstream=self._upstream, call=self._first(self._upstream))
 
     def _may_ask(self, upstream: Upstream, now: float) -> bool:
         """Whether an upstream's circuit is not open. Takes no trial."""
@@ -409,7 +420,7 @@ class Ladder:
             self._here = index
             self._tries = 0
             self._burned.clear()
-            return Step(rung="fallback", upstream=upstream, call=upstream.first(self._request))
+            return Step(rung="fallback", upstream=upstream, call=self._first(upstream))
         return None
 
     def _delay_s(self, failure: Failure, at: Standing) -> float | None:

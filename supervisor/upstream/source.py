@@ -20,7 +20,7 @@ import trio
 
 from supervisor.dialects import Call, Dialect, Fault, Usage
 from supervisor.errors import ConfigurationError, UpstreamError
-from supervisor.upstream.attempt import Attempt, Transport, ask
+from supervisor.upstream.attempt import Answered, Attempt, Transport, ask
 from supervisor.upstream.ladder import Breaker, Failure, Ladder, Standing, Step
 from supervisor.upstream.retry import RetryPolicy
 from supervisor.upstream.veil import Veil, veil_for
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from supervisor.streams import Output
     from supervisor.upstream.catalog import Upstream
 
-__all__ = ["HttpSource", "Transport"]
+__all__ = ["Answered", "HttpSource", "Transport"]
 
 MAX_REQUEST_BYTES: Final = 32 << 20
 """The largest request body."""
@@ -49,14 +49,20 @@ class HttpSource:
     missing and the dialect wants it. transport: shared by all streams. retry: in place of the upstream's policy. circuits:
     returns the circuit of an upstream by its name.
 
+    first: makes the request that starts an answer, for whoever passes on somebody else's: then `request`, in bytes, is not looked
+    at; only later calls about the answer go by it. It may ask for an answer that is no stream. answered: told how each attempt was
+    answered, of a stream before its first event is added; it must not raise.
+
     Cancelled, it closes its connection at once, in whatever phase. Raises ConfigurationError for a request that is no JSON
     object, is too large, or says `"stream": false`, and for a credential that is missing, of any upstream that may be asked:
     they are looked for here, and read again for each attempt.
     """
 
     __slots__ = (
+        "_answered",
         "_circuits",
         "_draw",
+        "_first",
         "_request",
         "_retry",
         "_targets",
@@ -73,9 +79,15 @@ class HttpSource:
         transport: Transport,
         retry: RetryPolicy | None = None,
         circuits: Callable[[str], Breaker | None] | None = None,
+        first: Callable[[Upstream], Call] | None = None,
+        answered: Callable[[Answered], None] | None = None,
         draw: Callable[[], float] = random.random,
     ) -> None:
-        self._request = _as_bytes(request, streaming=upstream.dialect.asking.first is None)
+        self._request = _as_bytes(
+            request, streaming=upstream.dialect.asking.first is None, as_it_is=first is not None
+        )
+        self._first = first
+        self._answered = answered
         self._transport = transport
         self._retry = upstream.retry if retry is None else retry
         self._circuits = circuits or _no_circuit
@@ -84,7 +96,7 @@ class HttpSource:
         self.dialect: Dialect = upstream.dialect
         self.upstream: str = upstream.name
         for target in self._targets:  # what is wrong with a request or a credential is told now
-            target.first(self._request)
+            (target.first(self._request) if first is None else first(target))
             target.secret()
 
     @property
@@ -111,7 +123,14 @@ class HttpSource:
                     )
 
     def _ladder(self) -> Ladder:
-        return Ladder(self._request, self._targets, self._retry, draw=self._draw, breakers=self._circuits)
+        return Ladder(
+            self._request,
+            self._targets,
+            self._retry,
+            draw=self._draw,
+            breakers=self._circuits,
+            first=self._first,
+        )
 
 
 class _Climb:
@@ -250,6 +269,7 @@ class _Climb:
             last_event_id=self._last_event_id if goes_on else "",
             first_event_id=self._first_event_id if goes_on else "",
             on_begun=begun,
+            on_answered=source._answered,  # noqa: SLF001
         )
         failure: Failure | None = None
         try:
@@ -331,11 +351,12 @@ class _Kept:
         """Make a request about the answer; return the status and the body, or why there is none."""
         try:
             self._veil = veil_for(self.upstream.secret(), self.max_event_bytes)
-            return await ask(
+            answered = await ask(
                 self.transport, self.upstream, self.upstream.placed(call), max_bytes=_RETRIEVED_BYTES
             )
         except (UpstreamError, ConfigurationError, trio.ClosedResourceError) as exc:
             return self._hidden(str(exc))
+        return answered.status, answered.body
 
     def retrieve(self) -> Call | None:
         """Return the request that asks how it stands."""
@@ -361,9 +382,11 @@ def _no_circuit(name: str) -> None:
     del name
 
 
-def _as_bytes(request: Mapping[str, Any] | bytes, *, streaming: bool) -> bytes:
-    """Return the request as JSON; `streaming`: with `"stream": true` in it."""
+def _as_bytes(request: Mapping[str, Any] | bytes, *, streaming: bool, as_it_is: bool) -> bytes:
+    """Return the request as JSON; `streaming`: with `"stream": true` in it, unless it is to stay `as_it_is`."""
     given = request if isinstance(request, bytes) else None
+    if given is not None and as_it_is:
+        return _bounded(given)
     if given is not None:
         try:
             request = msgspec.json.decode(given, type=dict[str, Any])
@@ -381,6 +404,10 @@ def _as_bytes(request: Mapping[str, Any] | bytes, *, streaming: bool) -> bytes:
             body = msgspec.json.encode({**request, "stream": True} if streaming else dict(request))
         except (TypeError, ValueError, RecursionError) as exc:
             raise ConfigurationError("request", f"({type(exc).__name__})", f"JSON values: {exc}") from None
+    return _bounded(body)
+
+
+def _bounded(body: bytes) -> bytes:
     if len(body) > MAX_REQUEST_BYTES:
         raise ConfigurationError("request", f"({len(body)} bytes)", f"at most {MAX_REQUEST_BYTES} bytes")
     return body

@@ -69,6 +69,8 @@ class JSONArrayDecoder:
 
     _ended: bool = attrs.field(default=False, init=False)
     _begun: bool = attrs.field(default=False, init=False)
+    arrays: int = attrs.field(default=0, init=False)
+    """How many arrays have begun."""
     _in_array: bool = attrs.field(default=False, init=False)
     _held: bytearray = attrs.field(factory=bytearray, init=False)  # the unfinished element
     _at: int = attrs.field(default=0, init=False)  # how far it has been looked at
@@ -167,6 +169,7 @@ class JSONArrayDecoder:
             first = held[end]
             if first == _ARRAY and not self._in_array:
                 self._in_array = True
+                self.arrays += 1
             elif first == _ARRAY_END and self._in_array:
                 self._in_array = False
             else:

@@ -69,7 +69,7 @@ class RecordingSink:
             self._seal("expired", "reaped_bytes", None)
         return self.sealed
 
-    def skip(self, payload: bytes, why: str) -> None:
+    def skip(self, payload: bytes, why: str, name: str = "") -> None:
         assert not self.sealed
         assert why
         self.skipped.append(payload)
