@@ -40,7 +40,9 @@ from supervisor.upstream.circuit import Circuits
 from supervisor.upstream.tls import shared_context
 from supervisor.upstream.transport import StreamTransport
 from supervisor.version import version
+from supervisor.web import events
 from supervisor.web.app import Front, Part, WebAccess, alive, create_app
+from supervisor.web.dashboard import dashboard
 from supervisor.web.server import WebServer
 
 __all__ = ["ABORTED", "Ready", "run"]
@@ -289,12 +291,15 @@ class _Daemon:
                 hosts=frozenset(web.hosts),
             ),
             limits=web.limits,
+            stats=lambda: {"control": control.statistics(), "web": self._web.statistics()},
         )
         return create_app(front, self._parts(front))
 
     def _parts(self, front: Front) -> Iterator[Part]:
         """Give the parts of the HTTP front; see `supervisor.web.app`."""
         yield alive(front)
+        yield dashboard()
+        yield events.part(front)
 
     def _announce(self, port: int, http: str | None) -> None:
         ready = Ready(

@@ -20,14 +20,17 @@ const detail = new Detail(streams, { onStop: stop, announce, onProblem: problem 
 let turn = 0;
 let failures = 0;
 let timer = null;
+let turning = false;
+let hurried = false; // asked for another turn during this one
 let lastGood = null;
 
 // --- asking ----------------------------------------------------------------------------------------------------------
 
 async function takeTurn() {
   clearTimeout(timer);
-  timer = null;
   if (document.hidden) return;
+  turning = true;
+  hurried = false;
   try {
     const jobs = [streams.refresh(table.visible), detail.refresh()];
     if (turn % OVERVIEW_EVERY === 0) jobs.push(api.overview().then(showOverview));
@@ -39,11 +42,16 @@ async function takeTurn() {
   }
   table.render();
   empty();
-  schedule(failures ? WAITS_MS[Math.min(failures, WAITS_MS.length) - 1] : TURN_MS);
+  turning = false;
+  schedule(hurried ? 0 : failures ? WAITS_MS[Math.min(failures, WAITS_MS.length) - 1] : TURN_MS);
 }
 
 function schedule(wait) {
   clearTimeout(timer);
+  if (turning) {
+    hurried = true;
+    return;
+  }
   timer = setTimeout(takeTurn, wait);
 }
 

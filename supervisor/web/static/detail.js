@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { byId, make, pill, setAttribute, setText, show } from "./elements.js";
-import { Reader } from "./reader.js";
+import { Reader, snapshotOf } from "./reader.js";
 import { Streams } from "./streams.js";
 import { TextPane } from "./text.js";
 import { showTimeline } from "./timeline.js";
@@ -75,8 +75,7 @@ export class Detail {
     return {
       replace: (snapshot) => {
         this.text.replace(snapshot?.text ?? "", snapshot?.joined_at ?? []);
-        this.aside("thoughts", snapshot?.reasoning ?? "");
-        this.aside("calls", (snapshot?.tool_calls ?? []).map((call) => `${call.name}(${call.arguments})`).join("\n"));
+        this.asides(snapshot);
       },
       append: (text, dropped, joined) => this.text.append(text, dropped, joined),
       event: () => {
@@ -97,7 +96,8 @@ export class Detail {
     this.traceDue = 0;
     try {
       await this.streams.ask(id);
-      if (this.reader?.thoughtless) return;
+      const snapshot = await snapshotOf(id); // what is no text (reasoning, tool calls) does not come as it is made
+      if (this.id === id && snapshot) this.asides(snapshot);
     } catch (error) {
       this.onProblem(error);
     }
@@ -105,6 +105,11 @@ export class Detail {
       this.update();
       await this.refreshTrace();
     }
+  }
+
+  asides(snapshot) {
+    this.aside("thoughts", snapshot?.reasoning ?? "");
+    this.aside("calls", (snapshot?.tool_calls ?? []).map((call) => `${call.name}(${call.arguments})`).join("\n"));
   }
 
   aside(name, text) {
@@ -176,10 +181,9 @@ export class Detail {
 
   line(row) {
     const { stream } = row;
-    const passed = Streams.passed(row);
     const told = [stateDetail(stream), stream.upstream, modelOf(stream)].filter(Boolean);
-    told.push(ended(stream) ? `took ${duration(stream.age_s)}` : `since ${duration(stream.age_s + passed)}`);
-    if (stream.idle_s != null) told.push(`silent ${duration(stream.idle_s + passed)}`);
+    told.push(ended(stream) ? `took ${duration(stream.age_s)}` : `since ${duration(stream.age_s + Streams.passed(row))}`);
+    if (stream.idle_s >= 1) told.push(`silent ${duration(stream.idle_s)}`);
     if (stream.outcome?.message) told.push(stream.outcome.message);
     return told.join(" · ");
   }

@@ -62,8 +62,8 @@ function showEndings(told) {
   const { completed, cancelled, failed, expired } = hour.ended;
   const errors = minutes.failed.map((value, index) => add(value, minutes.expired[index]));
   setText(byId("success"), percent(hour.success_rate));
-  setText(byId("success-of"), hour.success_rate == null ? "nothing has ended" : `of ${compact(completed + failed + expired)}`);
-  setText(byId("success-foot"), `${compact(failed + expired)} error · ${compact(cancelled)} cancelled, not counted · ${compact(hour.retried)} retried`);
+  setText(byId("success-of"), hour.success_rate == null ? "none ended" : plural(failed + expired, "error"));
+  setText(byId("success-foot"), `of ${compact(completed + failed + expired)} · ${compact(cancelled)} cancelled, not counted · ${compact(hour.retried)} retried`);
   setAttribute(byId("tile-success"), "data-alarm", hour.success_rate != null && hour.success_rate < 0.95 ? "high" : null);
   charts.endings.update(
     { ...columns(told, "completed", "cancelled"), series: [minutes.completed, minutes.cancelled, errors] },
@@ -138,8 +138,6 @@ function errorItem(error) {
   );
 }
 
-const CIRCUIT = { closed: "complete", half_open: "idle", open: "error" };
-
 function showCircuits(circuits) {
   const names = Object.keys(circuits).sort();
   const box = byId("circuits");
@@ -154,7 +152,7 @@ function showCircuits(circuits) {
       "li",
       {},
       make("b", {}, name),
-      make("span", { class: "circuit", "data-word": CIRCUIT[state] }, state === "closed" ? "well" : `circuit ${state.replace("_", " ")}`),
+      make("span", { class: "circuit", "data-state": state }, state === "closed" ? "well" : `circuit ${state.replace("_", " ")}`),
       make("small", {}, told.join(" · ")),
     );
   });

@@ -127,6 +127,22 @@ export class Reader {
   }
 }
 
+/** The answer of a stream as it is now; null if it cannot be had. */
+export function snapshotOf(id) {
+  return new Promise((resolve) => {
+    const source = new EventSource(api.eventsUrl(id, null, MAX_BEHIND));
+    const done = (answer) => {
+      source.close();
+      resolve(answer);
+    };
+    source.addEventListener("snapshot", (message) => {
+      const event = JSON.parse(message.data);
+      done(event.snapshot ?? event);
+    });
+    source.addEventListener("error", () => done(null));
+  });
+}
+
 /** The place that an id `epoch-seq` names; null for no id. */
 export function placeOf(id) {
   const match = /^(\d+)-(\d+)$/.exec(id ?? "");

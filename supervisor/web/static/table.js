@@ -13,7 +13,7 @@ export const QUIET_S = 10; // from here on a live stream's silence is worth a co
 
 const RANK = ["error", "idle", "streaming", "cancelled", "complete"];
 
-const silence = (row) => (row.stream.idle_s == null ? null : row.stream.idle_s + Streams.passed(row));
+const silence = (row) => row.stream.idle_s; // as it was when last looked at: since then it may have spoken
 const age = (row) => row.stream.age_s + Streams.passed(row);
 
 // by: what is sorted by; down: whether the first click sorts from the largest.
@@ -245,11 +245,11 @@ class RowView {
     const quiet = silence(row);
     const figures = {
       age: duration(age(row)),
-      silence: duration(quiet),
-      rate: rate(row.rate),
+      silence: over ? "" : quiet < 1 ? "< 1 s" : duration(quiet),
+      rate: over ? "" : rate(row.rate),
       events: compact(stream.events),
-      held: bytes(stream.bytes_held),
-      readers: count(stream.readers),
+      held: over ? "" : bytes(stream.bytes_held),
+      readers: over && stream.readers === 0 ? "" : count(stream.readers),
       attempts: count(stream.attempts),
     };
     for (const [name, text] of Object.entries(figures)) setText(this.cells[name], text);

@@ -3,7 +3,7 @@
 // The drawing is for the eye and tells nothing that the list under it does not; a screen reader reads the list.
 
 import { draw, make } from "./elements.js";
-import { bytes, count, duration, plural } from "./words.js";
+import { bytes, count, duration, limit, plural } from "./words.js";
 
 const ROW = 16;
 const GAP = 5;
@@ -90,14 +90,14 @@ function niceStep(least) {
 /** A moment since the start, in ms, as fine as its neighbours need. */
 function moment(ms, step = 0) {
   if (ms === 0) return "0";
-  if (step >= 1000 || ms >= 60e3) return ms < 60e3 ? `${ms / 1000} s` : duration(ms / 1000);
+  if (step >= 1000 || ms >= 60e3) return ms < 60e3 ? `${+(ms / 1000).toFixed(1)} s` : limit(ms / 1000);
   if (ms < 1000) return `${Math.round(ms)} ms`;
   return `${(ms / 1000).toFixed(step >= 100 ? 1 : 2)} s`;
 }
 
 function clocks({ deadlines }) {
   const named = { connect_s: "connect", first_event_s: "first event", idle_s: "idle", total_s: "total" };
-  const told = Object.entries(named).map(([field, name]) => `${name} ${deadlines[field] == null ? "off" : duration(deadlines[field])}`);
+  const told = Object.entries(named).map(([field, name]) => `${name} ${limit(deadlines[field])}`);
   return make("p", { class: "line" }, make("b", {}, "Clocks "), told.join(" · "));
 }
 

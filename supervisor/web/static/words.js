@@ -85,6 +85,11 @@ export function duration(seconds) {
   return `${Math.floor(whole / 86400)} d ${Math.floor(whole / 3600) % 24} h`;
 }
 
+/** A duration that was chosen, without what is zero in it: 2 m, 1 h. */
+export function limit(seconds) {
+  return seconds == null ? "off" : duration(seconds).replace(/ 00? [smh]$/, "");
+}
+
 function two(value) {
   return String(value).padStart(2, "0");
 }
