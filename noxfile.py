@@ -23,6 +23,10 @@ COVERAGE_FLOOR = 94
 """Percent, branches included. Measured: 95.2, without the processes that tests start (the daemon, most of the command line)."""
 
 
+ON_ALL_CORES = ["--numprocesses=logical", "--dist=loadfile"]
+CHECKS = ["-m", "not benchmark"]
+
+
 def install(session: nox.Session, group: str) -> None:
     """Install a dependency group, and the package as it is in this checkout."""
     session.install("-e", ".", *nox.project.dependency_groups(PROJECT, group))
@@ -48,18 +52,9 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run pytest, on all cores, with branch coverage. Arguments after `--` go to pytest, and then coverage has no floor."""
+    """Run pytest, on all cores. Arguments after `--` go to pytest."""
     install(session, "tests")
-    floor = 0 if session.posargs else COVERAGE_FLOOR
-    session.run(
-        "pytest",
-        "--numprocesses=logical",
-        "--dist=loadfile",
-        "--cov",
-        "--cov-report=term:skip-covered",
-        f"--cov-fail-under={floor}",
-        *(session.posargs or ("-m", "not benchmark")),
-    )
+    session.run("pytest", *ON_ALL_CORES, *(session.posargs or CHECKS))
     version = session.python or ".".join(map(str, sys.version_info[:2]))
     session.log(
         f"not run here: versions of Python other than {version}; for one of them, `nox -s tests -P VERSION`"
@@ -77,3 +72,11 @@ def bench(session: nox.Session) -> None:
     """Run each benchmark once, quickly, to see that it runs. What it measures on a busy machine says nothing."""
     install(session, "bench")
     session.run("pytest", "-m", "benchmark", "tests/test_benchmarks.py", *session.posargs)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Run the tests with branch coverage, for which they take twice as long; not one of the sessions that run by default."""
+    install(session, "tests")
+    measured = ["--cov", "--cov-report=term:skip-covered", f"--cov-fail-under={COVERAGE_FLOOR}"]
+    session.run("pytest", *ON_ALL_CORES, *measured, *CHECKS)

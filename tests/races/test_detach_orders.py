@@ -73,7 +73,7 @@ def outcomes_of(
         race = functools.partial(
             run_race, ends, contenders, readers=0, waiters=0, lead=lead, on_detach=on_detach, check=note
         )
-        explored = explore(race, bounds=bounds or Bounds(max_runs=60_000, max_seconds=60))
+        explored = explore(race, bounds=bounds or Bounds(max_runs=60_000, max_seconds=600))
         assert explored.complete, f"not every order was seen: {explored}"
     return outcomes
 
@@ -99,14 +99,14 @@ def test_the_grace_a_reader_and_the_answers_own_ending():
         [leaves_at_once, comes_back],
         RUNS_OUT_IN_THE_INSTANT,
         leads=range(-1, 3),
-        bounds=Bounds(max_preemptions=2, max_seconds=60),
+        bounds=Bounds(max_preemptions=2, max_seconds=600),
     )
     assert outcomes == {COMPLETED, DETACHED}
 
 
 def test_the_last_reader_leaves_as_another_comes():
     """With no grace at all: whoever comes in time keeps the stream, and no timer of the other one's is left to end it."""
-    bounds = Bounds(max_preemptions=2, max_seconds=60)
+    bounds = Bounds(max_preemptions=2, max_seconds=600)
     assert outcomes_of("stalls", [leaves, comes_back], NO_GRACE, leads=range(4), bounds=bounds) == {
         DETACHED,
         KEPT,
@@ -115,7 +115,7 @@ def test_the_last_reader_leaves_as_another_comes():
 
 def test_the_last_reader_leaves_as_the_answer_ends():
     """With no grace at all: it is complete, or it is cancelled, and nothing of the timer is left once it has ended."""
-    bounds = Bounds(max_preemptions=2, max_seconds=60)
+    bounds = Bounds(max_preemptions=2, max_seconds=600)
     assert outcomes_of("marker", [leaves], NO_GRACE, leads=LEADS, bounds=bounds) == {COMPLETED, DETACHED}
 
 
@@ -125,7 +125,7 @@ def test_one_comes_to_stay_and_one_to_look():
         "stalls",
         [leaves_at_once, looks_in, comes_back],
         RUNS_OUT_IN_THE_INSTANT,
-        bounds=Bounds(max_preemptions=3, max_seconds=60),
+        bounds=Bounds(max_preemptions=3, max_seconds=600),
     )
     assert outcomes == {DETACHED, KEPT}
 
@@ -139,7 +139,7 @@ def test_the_grace_runs_out_as_somebody_stops_the_stream(abort: Contender):
         "stalls",
         [leaves_at_once, abort],
         RUNS_OUT_IN_THE_INSTANT,
-        bounds=Bounds(max_preemptions=3, max_seconds=60),
+        bounds=Bounds(max_preemptions=3, max_seconds=600),
     )
     assert outcomes <= {DETACHED, ABORTS[abort]}
     # the others take some steps to get to their seal, and the clock takes none

@@ -85,7 +85,7 @@ def outcomes_of(
             deadlines=Deadlines(first_event_s=None, idle_s=None, total_s=900),
             check=note,
         )
-        explored = explore(race, bounds=bounds or Bounds(max_runs=60_000, max_seconds=120))
+        explored = explore(race, bounds=bounds or Bounds(max_runs=60_000, max_seconds=600))
         assert explored.complete, f"not every order was seen: {explored}"
     return outcomes
 
@@ -121,7 +121,7 @@ def test_a_drain_begins_as_the_answer_ends(ends: str, drain: Contender):
 )
 def test_a_drain_that_is_spent_and_an_abort_of_a_silent_stream(abort: Contender, drain: Contender):
     """One of the two ended it, and the other is told so, in whatever way it was aborted."""
-    bounds = Bounds(max_preemptions=3, max_seconds=120)
+    bounds = Bounds(max_preemptions=3, max_seconds=600)
     assert outcomes_of("stalls", [drain, abort], bounds=bounds) <= {CANCELLED, ABORTS[abort]}
 
 
@@ -135,7 +135,7 @@ def test_an_abort_does_not_wait_for_a_drain(abort: Contender):
 @pytest.mark.parametrize("drain", [BOTH_IN_THE_INSTANT, BEGINS_IN_THE_INSTANT], ids=["spent", "begins"])
 def test_a_drain_an_abort_and_the_answers_own_ending(drain: Contender):
     """All three in the same instant, under a reader's eyes: the answer is whole, or stopped once."""
-    bounds = Bounds(max_preemptions=2, max_seconds=120)
+    bounds = Bounds(max_preemptions=2, max_seconds=600)
     outcomes = outcomes_of("marker", [drain, laws.cancel_by_id], leads=range(-2, 4), readers=1, bounds=bounds)
     assert outcomes <= {COMPLETED, CANCELLED}
     assert CANCELLED in outcomes
@@ -143,7 +143,7 @@ def test_a_drain_an_abort_and_the_answers_own_ending(drain: Contender):
 
 def test_two_drains_and_the_end_marker():
     """Stop pressed twice, with different budgets, as the answer ends: at most one of the two won."""
-    bounds = Bounds(max_preemptions=2, max_seconds=120)
+    bounds = Bounds(max_preemptions=2, max_seconds=600)
     outcomes = outcomes_of(
         "marker", [TIME_IN_THE_INSTANT, BEGINS_IN_THE_INSTANT], leads=range(-2, 4), bounds=bounds
     )

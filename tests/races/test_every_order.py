@@ -73,7 +73,7 @@ def every_order(
             deadlines=deadlines,
             check=note,
         )
-        explored = explore(race, bounds=bounds or Bounds(max_runs=60_000, max_seconds=120))
+        explored = explore(race, bounds=bounds or Bounds(max_runs=60_000, max_seconds=600))
         assert explored.complete, f"not every order was seen: {explored}"
     return outcomes
 
@@ -111,5 +111,5 @@ def test_an_ending_against_a_deadline(ends: str):
 )
 def test_two_aborts_of_a_silent_stream(aborts: tuple[Contender, Contender]):
     """Two different ways to stop one stream: one of them did, and the other is told so."""
-    bounds = Bounds(max_preemptions=4, max_seconds=120)
+    bounds = Bounds(max_preemptions=4, max_seconds=600)
     assert every_order("stalls", aborts, waiters=0, bounds=bounds) <= {ABORTS[abort] for abort in aborts}

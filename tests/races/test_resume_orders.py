@@ -215,7 +215,7 @@ LEADS = range(-2, 12)
 
 def every_order(source: laws.Sourcing, abort: Contender, lead: int, check: Callable[[Race], None]) -> None:
     race = functools.partial(run_race, source, [abort], readers=1, waiters=0, lead=lead, check=check)
-    explored = explore(race, bounds=Bounds(max_preemptions=2, max_runs=60_000, max_seconds=60))
+    explored = explore(race, bounds=Bounds(max_preemptions=2, max_runs=60_000, max_seconds=600))
     assert explored.complete, f"not every order was seen: {explored}"
 
 
