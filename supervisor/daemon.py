@@ -25,7 +25,6 @@ from typing import Any, NoReturn
 
 import attrs
 import trio
-from starlette.applications import Starlette
 
 from supervisor.config import Config
 from supervisor.control.auth import Token, require_safe_address
@@ -241,7 +240,10 @@ class _Daemon:
                 limits=control.limits,
             )
             port = await _listening(nursery, server.run, control.host, control.port, "--port")
-            web, http = WebServer(self._app(supervisor), limits=config.web.limits), None
+            front = self._front(supervisor, server)
+            web, http = WebServer(create_app(front, self._parts(front)), limits=config.web.limits), None
+            front.stats["web"] = web.statistics
+            supervisor.memory.register("HTTP requests", Holder(held=lambda: web.body_bytes))
             if config.web.port is not None:
                 await require_safe_address(
                     config.web.host, None if self._token is None else Token(self._token)
@@ -279,10 +281,10 @@ class _Daemon:
             )
             yield
 
-    def _app(self, supervisor: Supervisor) -> Starlette:
-        """Return what HTTP serves: put together here of parts that know nothing of each other."""
+    def _front(self, supervisor: Supervisor, server: ControlServer) -> Front:
+        """Return what the parts of the HTTP front have in common."""
         web = self._config.web
-        front = Front(
+        return Front(
             supervisor=supervisor,
             resolve=self.resolve,
             access=WebAccess(
@@ -291,12 +293,11 @@ class _Daemon:
                 hosts=frozenset(web.hosts),
             ),
             limits=web.limits,
-            stats=lambda: {"control": control.statistics(), "web": self._web.statistics()},
+            stats={"control": server.statistics},
         )
-        return create_app(front, self._parts(front))
 
     def _parts(self, front: Front) -> Iterator[Part]:
-        """Give the parts of the HTTP front; see `supervisor.web.app`."""
+        """Give the parts of the HTTP front, put together here for they know nothing of each other; see `supervisor.web.app`."""
         yield alive(front)
         yield dashboard()
         yield events.part(front)

@@ -15,7 +15,8 @@ not reached without the token: as `Authorization: Bearer`, or by the cookie that
 In an endpoint: read the body whole (`await request.body()`; its limits are kept below) before anything that takes time, for a
 client that leaves is told behind what it has sent. Raise what goes wrong: a `SupervisorError`, an `RpcError` and an
 `HTTPException` become the JSON of `problem` with the right status, outside of any nursery of your own. Answer with
-`answer(value)`: msgspec knows every type that the control channel knows. What goes on for long waits for `http.disconnect`.
+`answer(value)`: msgspec knows every type that the control channel knows. What goes on for long waits for `http.disconnect` beside it, and
+sends the very last piece when it does so no more: `http.disconnect` also comes when an answer is complete.
 
 **What is checked of each request**, by `_Gate`, before any route: `Host`, where no token is asked for, because a page whose name
 was rebound to 127.0.0.1 has the browser's user behind it, but not the name; and `Origin` or `Sec-Fetch-Site` of what may change
@@ -28,7 +29,7 @@ from __future__ import annotations
 import hmac
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -49,7 +50,7 @@ from supervisor.errors import AuthenticationError, SupervisorError
 from supervisor.streams import Supervisor
 from supervisor.web.server import WebLimits
 
-__all__ = ["Front", "Part", "WebAccess", "alive", "answer", "create_app", "problem"]
+__all__ = ["Front", "Part", "WebAccess", "alive", "answer", "create_app", "problem", "route"]
 
 _log = logging.getLogger("supervisor.web")
 
@@ -62,8 +63,8 @@ _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
 )
-_NO_STORE = (b"cache-control", b"no-store")
 
 STATUS: Mapping[str, int] = {
     "parse_error": 400,
@@ -99,6 +100,7 @@ _KINDS = {400: "invalid_request", 429: "too_many_requests", 500: "internal", 503
 }
 _TEMPORARY = frozenset({"timeout", "overloaded"})
 
+Endpoint = Callable[[Request], Awaitable[Response]]
 _encode = msgspec.json.Encoder(enc_hook=str).encode
 
 
@@ -165,7 +167,7 @@ class Front:
     """Turns the parameters of a start into a source: the daemon's, the same as the control channel's."""
     access: WebAccess = attrs.field(factory=WebAccess)
     limits: WebLimits = attrs.field(factory=WebLimits)
-    stats: Callable[[], Mapping[str, Any]] = dict
+    stats: dict[str, Callable[[], Any]] = attrs.field(factory=dict)
     """Further figures for `/stats`, by the name of what they are of."""
 
 
@@ -207,6 +209,15 @@ def create_app(front: Front, parts: Iterable[Part] = ()) -> Starlette:
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
     app.router.redirect_slashes = False  # it would answer with the Host it was asked by
     return app
+
+
+def route(path: str, **by_method: Endpoint) -> Route:
+    """Return one route for all methods of a path, so that a 405 names them all."""
+
+    async def endpoint(request: Request) -> Response:
+        return await by_method["GET" if request.method == "HEAD" else request.method](request)
+
+    return Route(path, endpoint, methods=list(by_method))
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -267,9 +278,9 @@ class _Gate:
 
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = message["headers"] = [*message.get("headers", ()), *_HEADERS]
-                if not any(name.lower() == b"cache-control" for name, _ in headers):
-                    headers.append(_NO_STORE)
+                given = list(message.get("headers", ()))
+                names = {name.lower() for name, _ in given}
+                message["headers"] = given + [row for row in _HEADERS if row[0] not in names]
             await send(message)
 
         refusal = self._judge(scope)
@@ -375,5 +386,4 @@ def _session(front: Front) -> Part:
         reply.delete_cookie(_cookie_name(request.scope), path="/", httponly=True, samesite="strict")
         return reply
 
-    routes = {"GET": look, "POST": enter, "DELETE": leave}
-    return Part(routes=[Route("/session", by, methods=[name]) for name, by in routes.items()], open=True)
+    return Part(routes=[route("/session", GET=look, POST=enter, DELETE=leave)], open=True)

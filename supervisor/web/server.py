@@ -81,6 +81,8 @@ class WebLimits:
     """From the end of a head to the end of the body; longer: 408."""
     send_s: float = 30.0
     """How long a client may take to take a piece of an answer; longer, and it is dropped."""
+    keep_alive_s: float = 15.0
+    """Silence after which a client that waits for events is sent a comment."""
     leave_s: float = 5.0
     """How long the answering may go on for a client that has left."""
     linger_s: float = 1.0

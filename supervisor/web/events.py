@@ -1,0 +1,347 @@
+"""The SSE twin of the control channel: streams over plain HTTP, for curl and for a browser's `EventSource`.
+
+What is asked and answered is what the control channel knows (`supervisor.control.messages`, `supervisor.control.answers`); here
+it is given paths, statuses and, for events, the wire format of the WHATWG's server-sent events.
+
+**Not twice, and nothing left out.** Each event has its position as `id: EPOCH-SEQ`; whoever comes again with the last one it got,
+as a browser does by itself (`Last-Event-ID`), is given what comes after it. The first thing sent is an `id` without data,
+which a client notes and does not show: so also one that lost the connection before its first event, and had asked for what
+is new (`after=tail`), goes on from where it stood. Keep-alives are comments and have no `id`.
+
+**The end.** The outcome is the last event. An `EventSource` takes the end of the answer for a lost connection and comes again; one
+that has seen the outcome is then told 204, which is how HTTP says to stop (WHATWG HTML, 9.2).
+
+**A gap** is an event, `gap`, not the end: it says from where on the history can be read (`earliest`), and that follows at once. Who
+puts the answer together from events forgets what came before it. It is told as an event also at the start, because an
+`EventSource` does not show the body of an error.
+
+**A slow reader** holds one batch of events and its position. The socket holds it back; a piece that it does not take for
+`send_s` ends its connection, and it can come again.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import trio
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from supervisor.control import answers
+from supervisor.control.messages import (
+    CancelParams,
+    EventMessage,
+    ListParams,
+    StartParams,
+    StreamParams,
+    SubscribeParams,
+)
+from supervisor.control.notifications import (
+    cut,
+    encode_event,
+    event_messages,
+    snapshot_event,
+    text_messages,
+)
+from supervisor.control.rpc import RpcError, error_for, read_params
+from supervisor.errors import GapError, SupervisorError
+from supervisor.stores import Event
+from supervisor.streams import Cursor, Stream, Subscription
+from supervisor.web.app import Front, Part, answer, route
+
+__all__ = ["EventStream", "part"]
+
+_ACTOR = "http"
+_BATCH_EVENTS = 256
+_BATCH_BYTES = 64 << 10
+_RETRY_MS = 1000
+_KEEP_ALIVE = b": keep-alive\n\n"
+_POSITION = re.compile(r"([1-9][0-9]{0,8})-(0|[1-9][0-9]{0,17})", re.ASCII)
+_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # nginx holds answers back unless told otherwise
+)
+_encode = msgspec.json.Encoder().encode
+
+
+def part(front: Front) -> Part:
+    """Return `/streams` and what is below it, `/health` and `/stats`."""
+    supervisor = front.supervisor
+
+    async def start(request: Request) -> Response:
+        params = read_params(msgspec.Raw(await request.body()), StartParams)
+        started = await answers.start(supervisor, front.resolve, params)
+        status = 201 if started.created else 200
+        return answer(started, status, {"location": f"/streams/{started.id}", "x-stream-id": started.id})
+
+    async def listing(request: Request) -> Response:
+        return answer(await answers.list_streams(supervisor, _list_params(request)))
+
+    async def get(request: Request) -> Response:
+        return answer(await answers.get(supervisor, _which(request)))
+
+    async def snapshot(request: Request) -> Response:
+        return answer(await answers.snapshot(supervisor, _which(request)))
+
+    async def events(request: Request) -> Response:
+        params = _subscribe_params(request)
+        stream = await supervisor.find(params.id)
+        return await EventStream.opened(front, stream, params, head=request.method == "HEAD")
+
+    async def cancel(request: Request) -> Response:
+        given = _object(await request.body())
+        if "id" in request.path_params:
+            given["id"] = request.path_params["id"]
+        params = read_params(msgspec.Raw(_encode(given)), CancelParams)
+        return answer(await answers.cancel(supervisor, params, actor=_ACTOR))
+
+    async def delete(request: Request) -> Response:
+        params = CancelParams(id=_which(request).id, mode="abort")
+        return answer(await answers.cancel(supervisor, params, actor=_ACTOR))
+
+    async def health(_: Request) -> Response:
+        return answer(supervisor.health())
+
+    async def stats(_: Request) -> Response:
+        return answer(
+            {"supervisor": supervisor.statistics(), **{name: told() for name, told in front.stats.items()}}
+        )
+
+    return Part(
+        routes=[
+            route("/streams", GET=listing, POST=start),
+            route("/streams/cancel", POST=cancel),
+            route("/streams/{id}", GET=get, DELETE=delete),
+            route("/streams/{id}/snapshot", GET=snapshot),
+            route("/streams/{id}/events", GET=events),
+            route("/streams/{id}/cancel", POST=cancel),
+            route("/health", GET=health),
+            route("/stats", GET=stats),
+        ]
+    )
+
+
+# --- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def _which(request: Request) -> StreamParams:
+    return read_params(msgspec.Raw(_encode({"id": request.path_params["id"]})), StreamParams)
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    """Read a body that may be left out. Raises RpcError."""
+    try:
+        return msgspec.json.decode(body or b"{}", type=dict[str, Any])
+    except msgspec.ValidationError:
+        raise RpcError("invalid_params", "give the parameters as a JSON object", field=None) from None
+    except (msgspec.DecodeError, UnicodeError) as error:
+        raise RpcError("parse_error", f"not JSON: {error}") from None
+    except RecursionError:
+        raise RpcError("invalid_params", "nested too deeply", field=None) from None
+
+
+def _list_params(request: Request) -> ListParams:
+    """Read a filter: `state` any number of times, labels as `label.NAME`. Raises RpcError."""
+    given: dict[str, Any] = {}
+    for name, value in _query(
+        request, {"state", "upstream", "tenant", "key", "live", "before", "limit"}, "state", "label."
+    ):
+        if name == "state":
+            given.setdefault("states", []).append(value)
+        elif name.startswith("label."):
+            given.setdefault("labels", {})[name.removeprefix("label.")] = value
+        elif name == "live":
+            given[name] = {"true": True, "false": False}.get(value, value)
+        else:
+            given[name] = _number(value) if name == "limit" else value
+    return read_params(msgspec.Raw(_encode(given)), ListParams)
+
+
+def _subscribe_params(request: Request) -> SubscribeParams:
+    """Read what to watch; a `Last-Event-ID` wins over `after`. Raises RpcError."""
+    given: dict[str, Any] = {"id": request.path_params["id"]}
+    for name, value in _query(request, {"after", "view", "max_behind"}):
+        given[name] = _number(value) if name == "max_behind" else value
+    last = request.headers.get("last-event-id", "")
+    if last:
+        given["after"] = last
+    after = given.get("after", "start")
+    if after not in {"start", "tail", "snapshot"}:
+        position = _POSITION.fullmatch(after)
+        if position is None:
+            field = "Last-Event-ID" if last else "after"
+            raise RpcError(
+                "invalid_params",
+                f"{field}: expected a position such as 1-42, or in `after` 'start', 'tail' or 'snapshot'",
+                field=field,
+            )
+        given["after"] = {"epoch": int(position[1]), "seq": int(position[2])}
+    return read_params(msgspec.Raw(_encode(given)), SubscribeParams)
+
+
+def _query(request: Request, known: set[str], many: str = "", prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the parameters in a query. Raises RpcError for one that is not known, or is given twice."""
+    seen: set[str] = set()
+    for name, value in request.query_params.multi_items():
+        if name not in known and not (prefix and name.startswith(prefix)):
+            told = ", ".join(sorted(known)) + (f", {prefix}NAME" if prefix else "")
+            raise RpcError(
+                "invalid_params", f"{name[:64]}: unknown parameter; known here are: {told}", field=name[:64]
+            )
+        if name in seen and name != many:
+            raise RpcError("invalid_params", f"{name[:64]}: given twice", field=name[:64])
+        seen.add(name)
+        yield name, value
+
+
+def _number(value: str) -> int | str:
+    """Read a number; what is none stays what it is, and is refused with the rest."""
+    return int(value) if value.isascii() and value.isdecimal() and len(value) < 19 else value
+
+
+# --- what is answered: events ----------------------------------------------------------------------------------------
+
+
+class EventStream(Response):
+    """An answer that goes on until the outcome, or until the client leaves."""
+
+    def __init__(
+        self, stream: Stream, events: Subscription, *, text: bool, keep_alive_s: float, first: bytes
+    ) -> None:
+        self._stream = stream
+        self._events = events
+        self._text = text
+        self._keep_alive_s = keep_alive_s
+        self._first = first  # sent at once
+
+    @classmethod
+    async def opened(
+        cls, front: Front, stream: Stream, params: SubscribeParams, *, head: bool = False
+    ) -> Response:
+        """Return the answer to who wants events: 204 if there will be none. Raises SupervisorError."""
+        place, first = answers.place_of(params), b"retry: %d\n" % _RETRY_MS
+        shot = None
+        if place == "snapshot":
+            folded = await stream.read_snapshot()  # it may no longer be in memory
+            over = stream.outcome is not None and folded.seq == stream.tail_seq
+            place = Cursor(folded.epoch, folded.seq - over)  # the outcome is to follow
+            shot = EventMessage(
+                kind="snapshot",
+                at=time.time(),
+                seq=place.seq,
+                first=1,
+                last=place.seq,
+                snapshot=answers.snapshot_message(stream, folded),
+            )
+        try:
+            events = stream.subscribe(place, max_behind=params.max_behind)
+        except GapError as error:
+            place = _after_gap(error)
+            first += b"\n" + _gap(error)
+            events = stream.subscribe(place, max_behind=params.max_behind)
+        else:
+            first += b"id: %d-%d\n" % (events.cursor.epoch, events.cursor.seq)
+            if shot is not None:
+                first += b"event: snapshot\ndata: %b\n" % encode_event(shot)
+            first += b"\n"
+        if events.at_end:
+            return Response(status_code=204)
+        if head:
+            return Response(
+                status_code=200, headers={name.decode(): value.decode() for name, value in _HEADERS}
+            )
+        return cls(
+            stream,
+            events,
+            text=params.view == "text",
+            keep_alive_s=front.limits.keep_alive_s,
+            first=first,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it. Returns early if the client leaves."""
+        del scope
+        complete = False
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_until_gone, receive, nursery.cancel_scope)
+            await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+            await send(_body(self._first))
+            while await self._read(send):
+                pass
+            complete = True
+            nursery.cancel_scope.cancel(reason="the answer is complete")
+        if complete:  # not in the nursery: with the end of an answer comes http.disconnect
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _read(self, send: Send) -> bool:
+        """Send what there is up to the outcome; True if a gap was met, and there is more behind it."""
+        with self._events as events:
+            while True:
+                at, batch = events.cursor, None
+                try:
+                    with trio.move_on_after(self._keep_alive_s):
+                        batch = await events.next_batch(_BATCH_EVENTS)
+                except SupervisorError as error:
+                    if isinstance(error, GapError) and (place := _after_gap(error)) != at:
+                        await send(_body(_gap(error)))
+                        self._events = self._stream.subscribe(place, max_behind=events.max_behind)
+                        return True
+                    await send(_body(b"event: failed\ndata: %b\n\n" % _encode(_told(error))))
+                    return False
+                if batch is None:
+                    await send(_body(_KEEP_ALIVE))
+                    continue
+                if not batch:
+                    return False
+                while batch:
+                    taken = cut(batch, _BATCH_EVENTS, _BATCH_BYTES)
+                    batch = batch[len(taken) :]
+                    if data := self._encoded(taken, at.seq):
+                        await send(_body(data))
+
+    def _encoded(self, events: Sequence[Event], after: int) -> bytes:
+        """Return events of one epoch as they are sent. A `snapshot`, made in place of events that were missed, comes alone."""
+        epoch = events[0].epoch
+        if events[0].kind == "snapshot":
+            state = str(self._stream.state)
+            messages = [snapshot_event(events[0], after=after, stream_id=self._stream.id, state=state)]
+        else:
+            messages = text_messages(events) if self._text else event_messages(events)
+        return b"".join(
+            [
+                b"id: %d-%d\nevent: %b\ndata: %b\n\n" % (epoch, m.seq, m.kind.encode(), encode_event(m))
+                for m in messages
+            ]
+        )
+
+
+def _body(data: bytes) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": data, "more_body": True}
+
+
+def _after_gap(error: GapError) -> Cursor:
+    return Cursor(error.epoch, error.earliest_seq - 1)
+
+
+def _gap(error: GapError) -> bytes:
+    """Return a gap as an event: who comes again with its id is given what can still be read, and not the gap once more."""
+    place = _after_gap(error)
+    return b"id: %d-%d\nevent: gap\ndata: %b\n\n" % (place.epoch, place.seq, _encode(_told(error)))
+
+
+def _told(error: Exception) -> Mapping[str, Any]:
+    told = error_for(error)
+    return {"kind": told.data["kind"], "message": told.message, **told.data}
+
+
+async def _until_gone(receive: Receive, scope: trio.CancelScope) -> None:
+    """Cancel when the client has left; what it still sends is of no interest."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel(reason="the client has left")
