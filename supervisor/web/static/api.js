@@ -48,8 +48,9 @@ async function ask(method, path, body) {
 }
 
 function query(parameters) {
-  const given = Object.entries(parameters).filter(([, value]) => value != null && value !== "");
-  return given.length ? `?${new URLSearchParams(given.map(([name, value]) => [name, String(value)]))}` : "";
+  const given = Object.entries(parameters).flatMap(([name, value]) => [value].flat().map((one) => [name, one]));
+  const told = given.filter(([, value]) => value != null && value !== "").map(([name, value]) => [name, String(value)]);
+  return told.length ? `?${new URLSearchParams(told)}` : "";
 }
 
 const path = (id) => `streams/${encodeURIComponent(id)}`;
@@ -57,13 +58,14 @@ const path = (id) => `streams/${encodeURIComponent(id)}`;
 export const overview = () => ask("GET", "overview");
 export const list = (parameters) => ask("GET", `streams${query(parameters)}`);
 export const get = (id) => ask("GET", path(id));
+export const snapshot = (id) => ask("GET", `${path(id)}/snapshot`);
 export const trace = (id) => ask("GET", `${path(id)}/trace`);
 export const start = (parameters) => ask("POST", "streams", parameters);
 export const cancel = (id, reason) => ask("POST", `${path(id)}/cancel`, { reason, actor: "dashboard", wait_s: 5 });
+export const session = () => ask("GET", "session");
 export const signIn = (token) => ask("POST", "session", { token });
 
-/** Where a stream's events are read: after a position, or from a snapshot of what there is. */
-export function eventsUrl(id, position, maxBehind) {
-  const after = position ? `${position.epoch}-${position.seq}` : "snapshot";
+/** Where a stream's events are read, as text. after: `start`, `snapshot`, or a position. */
+export function eventsUrl(id, after, maxBehind) {
   return `${path(id)}/events${query({ view: "text", after, max_behind: maxBehind })}`;
 }

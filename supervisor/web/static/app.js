@@ -24,6 +24,18 @@ let turning = false;
 let hurried = false; // asked for another turn during this one
 let lastGood = null;
 
+/** Sign in first, where that is needed: to be refused is an error in the browser's console. */
+async function begun() {
+  try {
+    const { required, authenticated } = await api.session();
+    if (required && !authenticated) await askToken();
+  } catch {
+    // whatever it is, the first turn says it
+  }
+  route();
+  await takeTurn();
+}
+
 // --- asking ----------------------------------------------------------------------------------------------------------
 
 async function takeTurn() {
@@ -219,5 +231,4 @@ addEventListener("hashchange", route);
 
 setTheme(localStorage.getItem("theme") ?? "system");
 empty();
-route();
-takeTurn();
+begun();

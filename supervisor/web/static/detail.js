@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { byId, make, pill, setAttribute, setText, show } from "./elements.js";
-import { Reader, snapshotOf } from "./reader.js";
+import { Reader } from "./reader.js";
 import { Streams } from "./streams.js";
 import { TextPane } from "./text.js";
 import { showTimeline } from "./timeline.js";
@@ -77,6 +77,7 @@ export class Detail {
         this.text.replace(snapshot?.text ?? "", snapshot?.joined_at ?? []);
         this.asides(snapshot);
       },
+      gap: () => this.announce("The text was read anew: part of what was shown had not been kept."),
       append: (text, dropped, joined) => this.text.append(text, dropped, joined),
       event: () => {
         this.traceDue = 0;
@@ -96,10 +97,10 @@ export class Detail {
     this.traceDue = 0;
     try {
       await this.streams.ask(id);
-      const snapshot = await snapshotOf(id); // what is no text (reasoning, tool calls) does not come as it is made
-      if (this.id === id && snapshot) this.asides(snapshot);
+      const snapshot = await api.snapshot(id); // what is no text (reasoning, tool calls) does not come as it is made
+      if (this.id === id) this.asides(snapshot);
     } catch (error) {
-      this.onProblem(error);
+      if (error.unreachable || error.unauthenticated) this.onProblem(error);
     }
     if (this.id === id) {
       this.update();

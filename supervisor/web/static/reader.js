@@ -2,7 +2,7 @@
 //
 // The answer is read from a snapshot on, and its place is kept: `(epoch, seq)` of the last event taken. A lost connection is made
 // again after that place, and what lies before it is not taken again. Where the place is no longer there (`gap`: a crash took what
-// was not durable, or retention the history), the answer is read anew from a snapshot, which replaces what was shown.
+// was not durable, or retention the history), what can be read follows, from its beginning, and replaces what was shown.
 //
 // What an attempt does to what was received before it is done here as the daemon does it (its `attempt` events say so): `withdrawn`
 // begins the answer anew, and a `continuation` joins its first text, with `dropped` characters of white space not kept.
@@ -19,7 +19,7 @@ const TOLD = ["attempt", "withdrawn", "note", "skipped"];
 
 export class Reader {
   /**
-   * sink: replace(snapshot), append(text), event(kind, event), over(outcome), lost(), found(), failed(error).
+   * sink: replace(snapshot), gap(error), append(text), event(kind, event), over(outcome), lost(), found(), failed(error).
    */
   constructor(id, sink) {
     this.id = id;
@@ -36,7 +36,10 @@ export class Reader {
   open() {
     if (this.source || this.closed) return;
     clearTimeout(this.timer);
-    const source = new EventSource(api.eventsUrl(this.id, this.position, MAX_BEHIND));
+    const { position } = this;
+    // A snapshot needs the whole history. If none can be had, what there is of it is read instead.
+    const after = position ? `${position.epoch}-${position.seq}` : this.failures > 1 ? "start" : "snapshot";
+    const source = new EventSource(api.eventsUrl(this.id, after, MAX_BEHIND));
     this.source = source;
     source.addEventListener("open", () => {
       this.failures = 0;
@@ -45,7 +48,7 @@ export class Reader {
     for (const kind of ["text", "snapshot", "outcome", ...TOLD]) {
       source.addEventListener(kind, (message) => this.take(message, kind));
     }
-    source.addEventListener("gap", () => this.anew());
+    source.addEventListener("gap", (message) => this.anew(message));
     source.addEventListener("error", () => this.broken(source));
   }
 
@@ -82,12 +85,12 @@ export class Reader {
     }
   }
 
-  /** The place is gone: read the answer anew. */
-  anew() {
-    this.pause();
-    this.position = null;
+  /** The place is gone: the answer follows from where it can still be read. */
+  anew(message) {
+    this.position = placeOf(message.lastEventId);
     this.joins = null;
-    this.open();
+    this.sink.replace(null);
+    this.sink.gap(JSON.parse(message.data));
   }
 
   over(outcome) {
@@ -125,22 +128,6 @@ export class Reader {
     if (read && ended(stream) && stream.outcome) this.over(stream.outcome);
     else this.open();
   }
-}
-
-/** The answer of a stream as it is now; null if it cannot be had. */
-export function snapshotOf(id) {
-  return new Promise((resolve) => {
-    const source = new EventSource(api.eventsUrl(id, null, MAX_BEHIND));
-    const done = (answer) => {
-      source.close();
-      resolve(answer);
-    };
-    source.addEventListener("snapshot", (message) => {
-      const event = JSON.parse(message.data);
-      done(event.snapshot ?? event);
-    });
-    source.addEventListener("error", () => done(null));
-  });
 }
 
 /** The place that an id `epoch-seq` names; null for no id. */

@@ -81,7 +81,7 @@ export class Streams {
 
   async askEnded() {
     const key = String(this.wanted);
-    const answer = await api.list({ live: false, state: this.wanted?.join(","), limit: ENDED_PAGE });
+    const answer = await api.list({ live: false, state: this.wanted, limit: ENDED_PAGE });
     for (const stream of answer.streams) this.put(stream);
     if (!this.oldest.has(key)) this.oldest.set(key, answer.next);
   }
@@ -89,7 +89,7 @@ export class Streams {
   /** Ask for ended streams that are older than those known. */
   async askOlder() {
     const key = String(this.wanted);
-    const answer = await api.list({ live: false, state: this.wanted?.join(","), limit: OLDER_PAGE, before: this.oldest.get(key) });
+    const answer = await api.list({ live: false, state: this.wanted, limit: OLDER_PAGE, before: this.oldest.get(key) });
     for (const stream of answer.streams) this.put(stream);
     this.oldest.set(key, answer.next);
   }
