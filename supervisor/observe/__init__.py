@@ -1,0 +1,14 @@
+"""What can be seen of a supervisor from outside: figures, the overview, and the trace of a stream.
+
+`Figures(supervisor)` counts what becomes of its streams; `overview` and the exposition for Prometheus (`supervisor.web.metrics`)
+are made of it. `trace` reads what happened in one stream from its journal. OpenTelemetry is an extra: `supervisor.observe.spans`.
+"""
+
+from supervisor.observe.distribution import Distribution, Percentiles
+from supervisor.observe.figures import Figures
+from supervisor.observe.overview import Overview, overview
+from supervisor.observe.perfetto import chrome_trace
+from supervisor.observe.timeline import Trace
+from supervisor.observe.tracing import trace
+
+__all__ = ["Distribution", "Figures", "Overview", "Percentiles", "Trace", "chrome_trace", "overview", "trace"]
