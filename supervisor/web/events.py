@@ -253,9 +253,9 @@ class EventStream(Response):
         if events.at_end:
             return Response(status_code=204)
         if head:
-            return Response(
-                status_code=200, headers={name.decode(): value.decode() for name, value in _HEADERS}
-            )
+            reply = Response(headers={name.decode(): value.decode() for name, value in _HEADERS})
+            del reply.headers["content-length"]
+            return reply
         return cls(
             stream,
             events,

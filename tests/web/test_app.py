@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from supervisor.control.auth import Token
-from supervisor.streams import open_supervisor
-from supervisor.web.app import Front, Part, WebAccess, alive, answer, create_app
-from supervisor.web.server import WebServer
-from tests.web.wire import Client, serving
+from supervisor.web.app import Part, WebAccess, answer, route
+from tests.web.scene import scene
 
 TOKEN = "a-token-for-tests-0123456789"
 
@@ -22,19 +16,12 @@ async def hello(request: Request) -> Response:
     return answer({"hello": request.method})
 
 
-@asynccontextmanager
-async def front(**access: object) -> AsyncIterator[WebServer]:
-    """Serve a front with one route, `/hello`, that is not open."""
-    async with open_supervisor() as supervisor:
-        made = Front(supervisor=supervisor, resolve=lambda params: 1 / 0, access=WebAccess(**access))
-        parts = [alive(made), Part(routes=[Route("/hello", hello, methods=["GET", "POST"])])]
-        async with serving(create_app(made, parts)) as server:
-            yield server
+PARTS = [Part(routes=[route("/hello", GET=hello, POST=hello)])]
 
 
 async def test_health_is_open_and_the_rest_is_not() -> None:
     """With a token, /healthz answers anybody; other routes answer 401 until the token is shown, and then as they do."""
-    async with front(token=Token(TOKEN)) as server, Client.of(server) as client:
+    async with scene(access=WebAccess(token=Token(TOKEN)), parts=PARTS) as front, front.client() as client:
         assert (await client.ask("GET", "/healthz")).json == {"status": "ok"}
         refused = await client.ask("GET", "/hello")
         assert (refused.status, refused.kind, refused.headers["www-authenticate"]) == (

@@ -55,8 +55,12 @@ class Client:
 
     @classmethod
     @asynccontextmanager
-    async def of(cls, server: WebServer) -> AsyncIterator[Self]:
-        stream = await trio.open_tcp_stream("127.0.0.1", server.ports[0])
+    async def of(cls, server: WebServer, *, receive_buffer: int | None = None) -> AsyncIterator[Self]:
+        socket = trio.socket.socket()
+        if receive_buffer is not None:
+            socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_RCVBUF, receive_buffer)
+        await socket.connect(("127.0.0.1", server.ports[0]))
+        stream = trio.SocketStream(socket)
         try:
             yield cls(stream)
         finally:
@@ -85,13 +89,30 @@ class Client:
     async def answer(self, method: str = "GET") -> Answer:
         """Read one whole answer."""
         head = await self.event(method)
-        body = b""
+        body = await self.rest()
+        headers = {name.decode(): value.decode("latin-1") for name, value in head.headers}
+        return Answer(head.status_code, headers, body)
+
+    async def rest(self) -> bytes:
+        """Read an answer whose head has been read to its end; return what is left of its body."""
+        body = bytearray()
         while not isinstance(event := await self.event(), h11.EndOfMessage):
             body += event.data
         if self._reader.their_state is h11.DONE:
             self._reader.start_next_cycle()
-        headers = {name.decode(): value.decode("latin-1") for name, value in head.headers}
-        return Answer(head.status_code, headers, body)
+        return bytes(body)
+
+    async def cut_short(self) -> bytes:
+        """Read an answer that is never complete, up to where it breaks off; return its body."""
+        body = bytearray()
+        try:
+            while True:
+                event = await self.event()
+                if isinstance(event, h11.Data):
+                    body += event.data
+                assert not isinstance(event, h11.EndOfMessage), "it was complete"
+        except (h11.RemoteProtocolError, trio.BrokenResourceError):
+            return bytes(body)
 
     async def closed(self) -> bytes:
         """Read until the server has closed the connection; return what came before that."""
