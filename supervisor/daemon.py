@@ -32,6 +32,7 @@ from supervisor.control.messages import ShutdownParams, StartParams
 from supervisor.control.server import ControlServer, Resolved
 from supervisor.errors import ConfigurationError
 from supervisor.logs import ReopeningHandler
+from supervisor.observe import Figures
 from supervisor.stores import retain
 from supervisor.streams import Holder, Supervisor, open_supervisor
 from supervisor.upstream.catalog import Upstream
@@ -39,7 +40,7 @@ from supervisor.upstream.circuit import Circuits
 from supervisor.upstream.tls import shared_context
 from supervisor.upstream.transport import StreamTransport
 from supervisor.version import version
-from supervisor.web import events
+from supervisor.web import events, metrics
 from supervisor.web.app import Front, Part, WebAccess, alive, create_app
 from supervisor.web.dashboard import dashboard
 from supervisor.web.server import WebServer
@@ -230,18 +231,21 @@ class _Daemon:
                 "idle connections",
                 Holder(held=lambda: idle.bytes_held, expire=idle.expire, spare=idle.spare),
             )
+            figures = Figures(supervisor)
+            nursery.start_soon(figures.run, name="figures")
             control = config.control
             server = ControlServer(
                 supervisor,
                 resolve=self.resolve,
                 on_shutdown=self._shutdown_asked,
+                figures=figures,
                 token=self._token,
                 origins=control.origins,
                 limits=control.limits,
             )
             port = await _listening(nursery, server.run, control.host, control.port, "--port")
             front = self._front(supervisor, server)
-            web, http = WebServer(create_app(front, self._parts(front)), limits=config.web.limits), None
+            web, http = WebServer(create_app(front, self._parts(front, figures)), limits=config.web.limits), None
             front.stats["web"] = web.statistics
             supervisor.memory.register("HTTP requests", Holder(held=lambda: web.body_bytes))
             if config.web.port is not None:
@@ -296,11 +300,13 @@ class _Daemon:
             stats={"control": server.statistics},
         )
 
-    def _parts(self, front: Front) -> Iterator[Part]:
+    def _parts(self, front: Front, figures: Figures) -> Iterator[Part]:
         """Give the parts of the HTTP front, put together here for they know nothing of each other; see `supervisor.web.app`."""
         yield alive(front)
         yield dashboard()
         yield events.part(front)
+        yield metrics.ready(front)
+        yield metrics.part(front, figures)
 
     def _announce(self, port: int, http: str | None) -> None:
         ready = Ready(

@@ -27,6 +27,8 @@ from supervisor.control.messages import (
     SubscribeParams,
 )
 from supervisor.dialects import Snapshot
+from supervisor.observe import Trace
+from supervisor.observe import trace as trace_of
 from supervisor.streams import After, CancelResult, Cursor, OnDetach, Outcome, Stream, StreamInfo, Supervisor
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ __all__ = [
     "snapshot_message",
     "start",
     "stream_message",
+    "trace",
 ]
 
 
@@ -129,6 +132,11 @@ async def snapshot(supervisor: Supervisor, params: StreamParams) -> SnapshotMess
     """Return the answer so far."""
     stream = await supervisor.find(params.id, key=params.key)
     return snapshot_message(stream, await stream.read_snapshot())
+
+
+async def trace(supervisor: Supervisor, params: StreamParams) -> Trace:
+    """Tell what happened when in a stream."""
+    return await trace_of(await supervisor.find(params.id, key=params.key))
 
 
 def place_of(params: SubscribeParams) -> After:

@@ -77,6 +77,7 @@ from supervisor.errors import (
     GapError,
     RequestError,
 )
+from supervisor.observe import Overview, Trace
 from supervisor.streams import Cursor, Outcome
 
 __all__ = ["ClientLimits", "ControlClient", "connect"]
@@ -328,6 +329,14 @@ class ControlClient:
         return await self.call(
             "stream.snapshot", _params(StreamParams, id=stream_id, key=key), SnapshotMessage
         )
+
+    async def trace(self, stream_id: str | None = None, *, key: str | None = None) -> Trace:
+        """Return what happened when in any stream, live or stored."""
+        return await self.call("stream.trace", _params(StreamParams, id=stream_id, key=key), Trace)
+
+    async def overview(self) -> Overview:
+        """Return how the supervisor is now, and how the last hour went."""
+        return await self.call("supervisor.overview", NoParams(), Overview)
 
     async def stats(self) -> dict[str, Any]:
         """Return the figures of the supervisor and of the channel."""

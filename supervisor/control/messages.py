@@ -17,6 +17,7 @@ import attrs
 import msgspec
 
 from supervisor.control.rpc import ErrorMessage
+from supervisor.observe import Overview, Trace
 
 __all__ = [
     "CLOSE_CODES",
@@ -613,6 +614,18 @@ METHODS: Mapping[str, Method] = {
             StreamParams,
             SnapshotMessage,
             "The answer so far of any stream, live or stored.",
+        ),
+        Method(
+            "stream.trace",
+            StreamParams,
+            Trace,
+            "What happened when in any stream, live or stored: attempts, gaps, stalls, sizes.",
+        ),
+        Method(
+            "supervisor.overview",
+            NoParams,
+            Overview,
+            "How the supervisor is now, and how the last hour went.",
         ),
         Method("supervisor.stats", NoParams, dict, "Figures of the supervisor and of this channel."),
         Method("supervisor.health", NoParams, dict, "Whether the supervisor is well, and why not."),

@@ -207,6 +207,8 @@ def _shown(kind: Any, used: dict[str, type[msgspec.Struct]]) -> str:
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         used[kind.__name__] = kind
         return f"[{kind.__name__}](#{kind.__name__.lower()})"
+    if isinstance(kind, type) and attrs.has(kind):  # a domain object, as it is journalled
+        return "object"
     names = {
         str: "string",
         int: "integer",

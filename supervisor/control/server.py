@@ -27,6 +27,7 @@ from supervisor.control.link import NORMAL, GuardedStream, Link, LinkLimits
 from supervisor.control.messages import CLOSE_CODES, SUBPROTOCOL, CloseCode, ShutdownParams, StartParams
 from supervisor.control.session import Session, SessionLimits
 from supervisor.errors import AuthenticationError, ConfigurationError, ControlClosedError
+from supervisor.observe import Figures
 from supervisor.streams import Deadlines, Holder, Source, Supervisor
 
 __all__ = ["ControlLimits", "ControlServer", "ControlStatistics", "Resolve", "Resolved", "serve"]
@@ -128,9 +129,11 @@ class Host:
         *,
         resolve: Resolve | None = None,
         on_shutdown: Callable[[ShutdownParams], None] | None = None,
+        figures: Figures | None = None,
         limits: ControlLimits | None = None,
     ) -> None:
         self.supervisor = supervisor
+        self.figures = figures
         self.limits = ControlLimits() if limits is None else limits
         self.on_shutdown = on_shutdown
         self.counts = Counts()
@@ -172,7 +175,8 @@ class ControlServer(Host):
     """Serves the control channel of one supervisor. Serve with `run`, or one connection at a time with `handle`.
 
     `resolve` turns the parameters of a `stream.start` into a source; `on_shutdown` is called, once its reply is queued, for
-    each `supervisor.shutdown`, and must not block. Without them those methods are refused.
+    each `supervisor.shutdown`, and must not block; `figures` are what `supervisor.overview` tells. Without them those methods are
+    refused.
     """
 
     def __init__(
@@ -181,11 +185,12 @@ class ControlServer(Host):
         *,
         resolve: Resolve | None = None,
         on_shutdown: Callable[[ShutdownParams], None] | None = None,
+        figures: Figures | None = None,
         token: str | None = None,
         origins: Iterable[str] = (),
         limits: ControlLimits | None = None,
     ) -> None:
-        super().__init__(supervisor, resolve=resolve, on_shutdown=on_shutdown, limits=limits)
+        super().__init__(supervisor, resolve=resolve, on_shutdown=on_shutdown, figures=figures, limits=limits)
         self._access = Access(token=None if token is None else Token(token), origins=frozenset(origins))
         self.ports: tuple[int, ...] = ()
         """The ports listened on, once `run` has started."""

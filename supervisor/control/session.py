@@ -72,6 +72,7 @@ from supervisor.control.rpc import (
     result_reply,
 )
 from supervisor.errors import ControlClosedError, SupervisorError
+from supervisor.observe import Overview, Trace, overview
 from supervisor.streams import (
     Cursor,
     Outcome,
@@ -408,6 +409,15 @@ class Session:
     async def _snapshot(self, params: StreamParams) -> SnapshotMessage:
         return await answers.snapshot(self._supervisor, params)
 
+    async def _trace(self, params: StreamParams) -> Trace:
+        return await answers.trace(self._supervisor, params)
+
+    def _overview(self, params: NoParams) -> Overview:
+        del params
+        if self._host.figures is None:
+            raise RpcError("unsupported", "the program that embeds this server keeps no figures")
+        return overview(self._host.figures)
+
     def _stats(self, params: NoParams) -> dict[str, Any]:
         del params
         return {"supervisor": self._supervisor.statistics(), "control": self._host.statistics()}
@@ -445,6 +455,8 @@ class Session:
         "stream.unsubscribe": _unsubscribe,
         "stream.wait": _wait,
         "stream.snapshot": _snapshot,
+        "stream.trace": _trace,
+        "supervisor.overview": _overview,
         "supervisor.stats": _stats,
         "supervisor.health": _health,
         "supervisor.reap": _reap,
@@ -466,6 +478,7 @@ def _always(_: object) -> bool:
 
 _LARGE: Mapping[str, Callable[[Any], bool]] = {
     "stream.snapshot": _always,
+    "stream.trace": _always,
     "stream.list": _always,
     "stream.subscribe": lambda params: params.after == "snapshot",
     "supervisor.reap": lambda params: params.dry_run,
