@@ -44,7 +44,7 @@ import measure
 import pacer
 import trio
 
-from supervisor import Limits, SQLiteStore, State, Stream, Supervisor, open_supervisor
+from supervisor import Limits, SQLiteStore, State, Stream, Supervisor, garbage, open_supervisor
 from supervisor.upstream.catalog import Upstream
 
 SCRIPT = __file__
@@ -100,7 +100,11 @@ async def hold(
     streams: list[Stream] = []
     memory = Memory(every_s=given["window_s"] / 100)
     limits = Limits(max_live=count, tail_bytes=HELD_BYTES, fold_bytes=HELD_BYTES)
-    async with open_supervisor(store=SQLiteStore(path), limits=limits) as sup:
+    async with (
+        open_supervisor(store=SQLiteStore(path), limits=limits) as sup,
+        trio.open_nursery() as tending,
+    ):
+        tending.start_soon(garbage.tend, sup)  # as in a daemon
 
         async def start(number: int) -> None:
             number = len(streams)
@@ -141,6 +145,7 @@ async def hold(
         stalls.watching = False
         assert all(result.outcome == "won" for result in results), results
         await sup.shutdown()
+        tending.cancel_scope.cancel()
     return {
         "live": alive,
         "cpu_us": 1e6 * cpu_s / events,

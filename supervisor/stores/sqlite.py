@@ -54,6 +54,8 @@ BACKOFF_INITIAL_S = 0.05
 BACKOFF_MAX_S = 2.0
 CLOSE_S = 30.0
 
+_WOKEN_TOGETHER = 64
+"""Streams whose waiters are woken by a commit between two checkpoints: a commit may bring thousands of outcomes."""
 _log = logging.getLogger("supervisor.stores")
 _T = TypeVar("_T")
 
@@ -479,8 +481,13 @@ class SQLiteStore:
         reached: dict[Position, int] = {}
         for write in batch:
             reached[write.position] = write.events[-1].seq if write.events else 0
+        woken = 0
         for position, seq in reached.items():
+            woken += position.changed is not None
             self._positions.settle(position, seq)
+            if woken >= _WOKEN_TOGETHER:
+                woken = 0
+                await trio.lowlevel.cancel_shielded_checkpoint()
 
     def _reject(self, batch: _Batch, exc: RejectedError) -> None:
         """Find the stream whose records cannot be written: commit stream by stream, and give up the one left alone."""

@@ -54,9 +54,9 @@ __all__ = ["SLICE", "Holder", "MemoryManager"]
 _P = ParamSpec("_P")
 _log = logging.getLogger("supervisor.streams")
 
-SLICE = 64
-"""Streams sealed between two checkpoints, wherever many are ended together."""
-SPILL_COST = 8
+SLICE = 16
+"""Streams sealed between two checkpoints, wherever many are ended together. A seal closes a socket, which takes up to half a millisecond."""
+SPILL_COST = 2
 """How many seals the spilling of one stream counts for in a slice."""
 TOLD = 100
 """Tenants and groups told of in statistics: those that hold most."""

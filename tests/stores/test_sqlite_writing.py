@@ -48,6 +48,27 @@ async def test_one_commit_for_many_streams(path):
         assert store.durable_seq("s199") == 3
 
 
+async def test_a_commit_wakes_its_waiters_in_slices(path):
+    """The loop goes round in between, however many streams a commit was waited for by."""
+    woken = 0
+
+    async def wait(stream_id):
+        nonlocal woken
+        await store.wait_durable(stream_id, 0)
+        woken += 1
+
+    async with opened(SQLiteStore(path)) as store, trio.open_nursery() as nursery:
+        for index in range(1000):
+            store.create(head(f"s{index}"))
+            nursery.start_soon(wait, f"s{index}")
+        most = before = 0
+        while woken < 1000:
+            most, before = max(most, woken - before), woken
+            await trio.lowlevel.checkpoint()
+        assert store.statistics().commits == 1
+        assert most <= 2 * 64  # two slices, where this task is first in one turn and last in the next
+
+
 async def test_an_outcome_does_not_wait_for_the_interval(path):
     """`end` alone has everything before it committed."""
     async with opened(SQLiteStore(path, commit_interval_s=FOREVER_S)) as store:
