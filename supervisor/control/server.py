@@ -11,7 +11,6 @@ most `handshake_s`; connections (`max_connections`; one more is refused with 503
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping
@@ -29,6 +28,7 @@ from supervisor.control.session import Session, SessionLimits
 from supervisor.errors import AuthenticationError, ConfigurationError, ControlClosedError
 from supervisor.observe import Figures
 from supervisor.streams import Deadlines, Holder, Source, Supervisor
+from supervisor.version import version
 
 __all__ = ["ControlLimits", "ControlServer", "ControlStatistics", "Resolve", "Resolved", "serve"]
 
@@ -139,7 +139,7 @@ class Host:
         self.counts = Counts()
         self.deliveries = Deliveries(self.limits.shared_bytes)
         self.instance = secrets.token_hex(8)
-        self.version = _version()
+        self.version = version()
         self.sessions: set[Session] = set()
         self.handshakes: dict[object, trio.CancelScope] = {}
         self.admitted: set[object] = set()
@@ -333,13 +333,6 @@ async def _cancel_when_over(guard: GuardedStream, scope: trio.CancelScope) -> No
 def _first(group: BaseExceptionGroup[ControlClosedError]) -> ControlClosedError:
     first = group.exceptions[0]
     return _first(first) if isinstance(first, BaseExceptionGroup) else first
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("stream-supervisor")
-    except importlib.metadata.PackageNotFoundError:
-        return "0"
 
 
 async def serve(  # noqa: ASYNC128  # `run` reports as started
