@@ -93,6 +93,8 @@ class Distribution:
             while below >= rank:
                 # The middle of a bucket is as wrong at one bound as at the other.
                 told = self.least if bucket == _LEAST else _GROWTH**bucket * 2 / (1 + _GROWTH)
+                if rank == self.count:
+                    told = self.most
                 found.append(self._rounded(min(max(told, self.least), self.most)))
                 share = next(wanted, None)
                 if share is None:

@@ -48,7 +48,7 @@ class TraceAttempt(_Told, frozen=True, kw_only=True):
     first_event_ms: float | None
     """Null: it got none."""
     to_ms: float
-    """When the next one began, or the stream ended."""
+    """When it was over: then the wait for the next one began, or the stream ended."""
     events: int
     bytes: int
     """Payloads."""
@@ -184,7 +184,7 @@ class _Attempt:
             first_seq=self.first_seq,
             last_seq=self.last_seq,
             withdrawn=self.withdrawn,
-            delay_ms=_ms(1000 * float(record.get("delay_s") or 0)),
+            delay_ms=_ms(_waited_ms(record)),
             cause=record.get("cause"),
             details={name: value for name, value in record.items() if name not in _SHOWN},
         )
@@ -275,9 +275,10 @@ class Timeline:
             heapq.heappushpop(self._longest, found)
 
     def _attempt(self, event: Event, at_ms: float) -> None:
-        if self._current is not None:
-            self._current.to_ms = at_ms
         record = _record(event.payload)
+        if self._current is not None:  # the wait before this one belongs to neither
+            last_ms = self._current.from_ms if self._last_ms is None else self._last_ms
+            self._current.to_ms = max(at_ms - _waited_ms(record), last_ms)
         if len(event.payload) > _MAX_DETAILS_BYTES:
             record = {name: value for name, value in record.items() if name in _SHOWN}
         self._current = _Attempt(at_ms, record)
@@ -371,6 +372,11 @@ def _record(payload: bytes) -> dict[str, Any]:
     except msgspec.DecodeError:
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def _waited_ms(record: Mapping[str, Any]) -> float:
+    delay_s = record.get("delay_s")
+    return 1000.0 * delay_s if isinstance(delay_s, int | float) else 0.0
 
 
 def _step(duration_ms: float) -> float:

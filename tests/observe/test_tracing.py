@@ -55,7 +55,7 @@ def test_a_timeline_of_two_attempts():
         1800,
     )
     first, second = made.attempts
-    assert (first.from_ms, first.first_event_ms, first.to_ms) == (1, 100, 1000)
+    assert (first.from_ms, first.first_event_ms, first.to_ms) == (1, 100, 500)
     assert (first.events, first.bytes, first.first_seq, first.last_seq) == (20, 200, 2, 21)
     assert (first.withdrawn, first.rung, first.upstream, first.details) == (True, None, "a", {})
     assert (second.from_ms, second.first_event_ms, second.to_ms) == (1000, 1200, 1800)
