@@ -380,6 +380,8 @@ TOLD_TABLES = {
     "control.limits.link": "one connection",
     "control.limits.session": "one client",
     "web.limits": "what the HTTP front bounds",
+    "gateway.routes": "where requests for some models go; any number of tables, of which the first that fits is taken",
+    "gateway.clients": "a key that clients show, and the tenant that they are by it; any number of tables",
     "retention.tenant": "how much it keeps of each tenant",
     "retention.tenants.NAME": "how much it keeps of the tenant NAME, in place of `[retention.tenant]`",
 }
@@ -439,6 +441,8 @@ def options(kind: type = Config, table: str = "") -> Iterator[Option]:
 
 
 def _in_toml(name: str, value: object, *, off: bool) -> str:
+    if value is attrs.NOTHING:
+        return "must be given"
     if value is None or hasattr(value, "factory"):
         return '`"none"`' if off else "not set"
     if isinstance(value, bool):
@@ -453,7 +457,8 @@ def _in_toml(name: str, value: object, *, off: bool) -> str:
 
 
 def _heading(table: str) -> str:
-    return f"[[{table}]]" if table == "memory.groups" else f"[{table}]"
+    listed = table in {"memory.groups", "gateway.routes", "gateway.clients"}
+    return f"[[{table}]]" if listed else f"[{table}]"
 
 
 def configuration_tables() -> str:

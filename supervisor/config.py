@@ -38,6 +38,7 @@ from supervisor.upstream.catalog import Credential, Upstream, discover
 from supervisor.upstream.circuit import CircuitPolicy
 from supervisor.upstream.retry import RetryPolicy
 from supervisor.web.config import WebConfig
+from supervisor.web.gateway.config import GatewayConfig
 
 __all__ = [
     "DEFAULT_PORT",
@@ -259,6 +260,7 @@ class Config:
 
     control: ControlConfig = attrs.field(factory=ControlConfig)
     web: WebConfig = attrs.field(factory=WebConfig)
+    gateway: GatewayConfig = attrs.field(factory=GatewayConfig)
     store: StoreConfig = attrs.field(factory=StoreConfig)
     retention: RetentionConfig = attrs.field(factory=RetentionConfig)
     shutdown: ShutdownConfig = attrs.field(factory=ShutdownConfig)
@@ -291,6 +293,8 @@ class Config:
             if self.web.port is not None:
                 where = _Where(self.source, ("web",))
                 await require_safe_address(self.web.host, token)
+                where = _Where(self.source, ("gateway",))
+                self.gateway.check(self.all_upstreams(environ), environ)
         except ConfigurationError as error:
             raise ConfigurationError(where.field(error.field), error.value, error.expected) from None
 

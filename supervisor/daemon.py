@@ -43,6 +43,7 @@ from supervisor.version import version
 from supervisor.web import events, metrics
 from supervisor.web.app import Front, Part, WebAccess, alive, create_app
 from supervisor.web.dashboard import dashboard
+from supervisor.web.gateway import gateway
 from supervisor.web.server import WebServer
 
 __all__ = ["ABORTED", "Ready", "run"]
@@ -199,6 +200,7 @@ class _Daemon:
             raise ConfigurationError(
                 "--simulated", True, f"no upstream of the name {_SIMULATED!r} in the configuration"
             )
+        self._environ = environ
         self._token = config.control.token.read(environ)
         self._path = config.store.located(environ)
         self._store = config.store.open(environ)
@@ -307,6 +309,14 @@ class _Daemon:
         yield events.part(front)
         yield metrics.ready(front)
         yield metrics.part(front, figures)
+        yield gateway(
+            front,
+            self._config.gateway,
+            upstreams=self._upstreams,
+            transport=self._transport,
+            circuits=self._circuits.of,
+            environ=self._environ,
+        )
 
     def _announce(self, port: int, http: str | None) -> None:
         ready = Ready(

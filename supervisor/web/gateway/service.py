@@ -1,0 +1,445 @@
+"""Whose a request is, which upstream it goes to, and the routes of the gateway.
+
+**Clients.** A key is taken from wherever an SDK puts it. It says which tenant the client is, and goes no further: the upstream is sent
+its own. A stream belongs to its tenant: a key (`X-Stream-Key`) or a response that is another's is as good as taken, or not there.
+
+**Leaving.** A client reads its stream as a subscriber. When it leaves, the stream's own `on_detach` does what was asked for: it cancels,
+and the upstream's socket is closed in that step, or it keeps on, to be read by other means.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Final
+
+import attrs
+import msgspec
+import trio
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from supervisor.control.auth import Token
+from supervisor.dialects import Call
+from supervisor.errors import SupervisorError
+from supervisor.streams import Deadlines, OnDetach, Started, Stream
+from supervisor.upstream.attempt import Transport, ask
+from supervisor.upstream.catalog import Upstream
+from supervisor.upstream.ladder import Breaker
+from supervisor.upstream.source import Answered
+from supervisor.web.app import Front, Part
+from supervisor.web.gateway.apis import ANTHROPIC, GEMINI, OPENAI, RESPONSES, Api, Failure
+from supervisor.web.gateway.asked import (
+    ENDPOINTS,
+    FAMILIES,
+    Asked,
+    BadRequestError,
+    Endpoint,
+    about,
+    adapted,
+    read,
+    read_google,
+)
+from supervisor.web.gateway.config import GatewayConfig, GatewayRoute
+from supervisor.web.gateway.relay import Relay, failure_here, passed_headers, send_answered, send_failure
+
+__all__ = ["Gateway", "gateway"]
+
+_KEY: Final = re.compile(r"[\x21-\x7e]{1,256}")
+_MODELS_BYTES: Final = 4 << 20
+_MODELS_S: Final = 5.0
+_RESPONSE_BYTES: Final = 32 << 20
+_ASK_S: Final = 60.0
+
+
+def gateway(
+    front: Front,
+    config: GatewayConfig,
+    *,
+    upstreams: Mapping[str, Upstream],
+    transport: Transport,
+    circuits: Callable[[str], Breaker | None],
+    environ: Mapping[str, str],
+) -> Part:
+    """Return the gateway's part of the front. Raises ConfigurationError for a configuration that cannot be served."""
+    config.check(upstreams, environ)
+    keys = tuple((client.key(environ), client.tenant) for client in config.clients)
+    made = Gateway(
+        front=front, config=config, upstreams=upstreams, transport=transport, circuits=circuits, keys=keys
+    )
+    return Part(routes=made.routes(), open=True)
+
+
+@attrs.frozen(kw_only=True)
+class _Chosen:
+    """Where a request goes."""
+
+    upstream: Upstream
+    route: GatewayRoute | None = None
+
+
+@attrs.frozen
+class _Made:
+    """Who made a response of OpenAI, and for whom."""
+
+    upstream: str
+    tenant: str | None
+
+
+@attrs.define(eq=False, kw_only=True)
+class Gateway:
+    """The gateway of one daemon."""
+
+    front: Front
+    config: GatewayConfig
+    upstreams: Mapping[str, Upstream]
+    transport: Transport
+    circuits: Callable[[str], Breaker | None]
+    keys: tuple[tuple[Token, str], ...] = ()
+    _adapted: dict[tuple[str, str, bool], Upstream] = attrs.field(factory=dict)
+    _responses: OrderedDict[str, _Made] = attrs.field(factory=OrderedDict)
+    _answered: weakref.WeakKeyDictionary[Stream, list[Answered]] = attrs.field(
+        factory=weakref.WeakKeyDictionary
+    )
+    """How the upstreams of streams with a key answered, for those who join one."""
+    _headers: frozenset[bytes] = frozenset()
+
+    def __attrs_post_init__(self) -> None:
+        self._headers = frozenset(name.lower().encode() for name in self.config.headers)
+
+    def routes(self) -> list[Route]:
+        """Return the routes."""
+        responses = "/v1/responses/{id}"
+        return [
+            *(self._posted(path, endpoint) for path, endpoint in ENDPOINTS.items()),
+            *(self._google(f"/{version}/models/{{call:path}}") for version in ("v1beta", "v1alpha", "v1")),
+            self._about(responses, "GET", ""),
+            self._about(responses, "DELETE", ""),
+            self._about(f"{responses}/cancel", "POST", "/cancel"),
+            self._about(f"{responses}/input_items", "GET", "/input_items"),
+            Route("/v1/models", _Endpoint(self._models, OPENAI), methods=["GET"]),
+        ]
+
+    def _posted(self, path: str, endpoint: Endpoint) -> Route:
+        async def serve(request: Request, send: Send) -> None:
+            tenant = self._tenant(request)
+            body = await self._body(request)
+            await self._stream(
+                request, send, read(endpoint, request.scope, body, headers=self._headers), tenant
+            )
+
+        return Route(path, _Endpoint(serve, endpoint.api), methods=["POST"])
+
+    def _google(self, path: str) -> Route:
+        async def serve(request: Request, send: Send) -> None:
+            tenant = self._tenant(request)
+            body = await self._body(request)
+            asked = read_google(request.path_params["call"], request.scope, body, headers=self._headers)
+            await self._stream(request, send, asked, tenant)
+
+        return Route(path, _Endpoint(serve, GEMINI), methods=["POST"])
+
+    def _about(self, path: str, method: str, rest: str) -> Route:
+        async def serve(request: Request, send: Send) -> None:
+            tenant = self._tenant(request)
+            await self._body(request)
+            response_id = request.path_params["id"]
+            asked = about(request.scope, method, response_id, rest, headers=self._headers)
+            chosen = self._maker(response_id, asked, tenant)
+            if asked.streamed:
+                await self._stream(request, send, asked, tenant, chosen)
+                return
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_until_left, request.receive, nursery.cancel_scope)
+                await self._ask(send, asked, chosen.upstream)
+                nursery.cancel_scope.cancel(reason="it has been answered")
+
+        return Route(path, _Endpoint(serve, RESPONSES), methods=[method])
+
+    async def _ask(self, send: Send, asked: Asked, upstream: Upstream) -> None:
+        """Pass on a request that is no stream, and its answer."""
+        answered: Answered | Failure = Failure(
+            status=504, code="total", message="the upstream did not answer"
+        )
+        with trio.move_on_after(_ASK_S):
+            try:
+                answered = await ask(
+                    self.transport, upstream, asked.call(upstream), max_bytes=_RESPONSE_BYTES
+                )
+            except SupervisorError as error:
+                answered = failure_here(error)
+        if isinstance(answered, Failure):
+            await send_failure(send, asked.endpoint.api, answered)
+        else:
+            await send_answered(send, answered, passed_headers(answered))
+
+    # --- whose it is -------------------------------------------------------------------------------------------------
+
+    def _tenant(self, request: Request) -> str | None:
+        """Return whose request it is. Raises BadRequestError for one that shows no key, or not the right one."""
+        offered = _offered_keys(request)
+        if self.keys:
+            for key, tenant in self.keys:
+                if any(key.matches(one) for one in offered):
+                    return tenant
+        elif self.front.access.allows(request.scope):
+            return None
+        else:
+            token = self.front.access.token
+            if token is not None and any(token.matches(one) for one in offered):
+                return None
+        message = "no key that this gateway knows was given" if offered else "a key is required"
+        raise BadRequestError(401, "invalid_api_key", message)
+
+    async def _body(self, request: Request) -> bytes:
+        if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+            raise BadRequestError(415, "content_encoding", "the body has to be sent as it is, not encoded")
+        return await request.body()
+
+    # --- where it goes -----------------------------------------------------------------------------------------------
+
+    def _choose(self, asked: Asked) -> _Chosen:
+        """Return the upstream for a request. Raises BadRequestError if there is none."""
+        family = asked.endpoint.family
+        model = asked.model
+        if self.config.routes and model is not None:
+            route = self._route(family, model)
+            if route is None:
+                message = f"no route is configured here for the model {model!r}"
+                raise BadRequestError(404, "model_not_found", message)
+            return _Chosen(upstream=self._adapt(self.upstreams[route.upstream], asked), route=route)
+        first = self._first(family, asked.endpoint.dialect.name)
+        if first is None:
+            raise BadRequestError(
+                404, "no_upstream", f"no upstream is configured here that speaks the API of {family}"
+            )
+        return _Chosen(upstream=self._adapt(first, asked))
+
+    def _route(self, family: str, model: str) -> GatewayRoute | None:
+        """Return the first route that fits, of those to upstreams of a family."""
+        for route in self.config.routes:
+            upstream = self.upstreams[route.upstream]
+            if FAMILIES.get(upstream.dialect.name) == family and any(
+                fnmatchcase(model, pattern) for pattern in route.models
+            ):
+                return route
+        return None
+
+    def _first(self, family: str, dialect: str) -> Upstream | None:
+        """Return the first upstream of a dialect, or else of its provider's family."""
+        of_family = [up for up in self.upstreams.values() if FAMILIES.get(up.dialect.name) == family]
+        exact = (up for up in of_family if up.dialect.name == dialect)
+        return next(exact, of_family[0] if of_family else None)
+
+    def _adapt(self, upstream: Upstream, asked: Asked) -> Upstream:
+        key = upstream.name, asked.dialect.name, asked.dialect.endings.clean_end
+        if key not in self._adapted:
+            self._adapted[key] = adapted(upstream, asked)
+        return self._adapted[key]
+
+    def _maker(self, response_id: str, asked: Asked, tenant: str | None) -> _Chosen:
+        """Return the upstream that made a response; not known, the first that could have. Raises BadRequestError."""
+        made = self._responses.get(response_id)
+        if made is not None and made.tenant != tenant:
+            raise BadRequestError(404, "not_found", f"there is no response {response_id!r}")
+        if made is not None and made.upstream in self.upstreams:
+            return _Chosen(upstream=self._adapt(self.upstreams[made.upstream], asked))
+        return self._choose(asked)
+
+    # --- a stream ----------------------------------------------------------------------------------------------------
+
+    async def _stream(
+        self, request: Request, send: Send, asked: Asked, tenant: str | None, chosen: _Chosen | None = None
+    ) -> None:
+        """Start, or join, a stream and tell it to its client, until the end or until the client leaves."""
+        chosen = self._choose(asked) if chosen is None else chosen
+        latest: list[Answered] = []
+        started = self._start(request, asked, tenant, chosen, latest)
+        stream = started.stream
+        if stream.key is not None:
+            latest = self._answered.setdefault(stream, latest)
+
+        def learn() -> None:
+            response_id = stream.snapshot().response_id if asked.endpoint.api is RESPONSES else None
+            if response_id is not None:
+                self._remember(response_id, _Made(stream.info().upstream or "", tenant))
+
+        relay = Relay(
+            stream=stream,
+            api=asked.endpoint.api,
+            dialect=asked.dialect,
+            whole=not asked.streamed,
+            send=send,
+            answered=lambda: latest[-1] if latest else None,
+            keep_alive_s=self.config.keep_alive_s,
+            on_events=learn,
+        )
+        with stream.subscribe(after="start") as events:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_until_left, request.receive, nursery.cancel_scope)
+                await relay.run(events)
+                nursery.cancel_scope.cancel(reason="it has been told")
+
+    def _start(
+        self, request: Request, asked: Asked, tenant: str | None, chosen: _Chosen, latest: list[Answered]
+    ) -> Started:
+        supervisor, upstream = self.front.supervisor, chosen.upstream
+        key = request.headers.get("x-stream-key")
+        if key is not None and not _KEY.fullmatch(key):
+            raise BadRequestError(
+                400, "stream_key", "X-Stream-Key has to be 1 to 256 printable ASCII characters"
+            )
+
+        def answered(told: Answered) -> None:
+            latest[:] = [told]
+
+        source = upstream.source(
+            asked.body, transport=self.transport, circuits=self.circuits, first=asked.call, answered=answered
+        )
+        meta: dict[str, Any] = {"endpoint": asked.endpoint.path, "streamed": asked.streamed}
+        if asked.model is not None:
+            meta["model"] = asked.model
+        started = supervisor.start_nowait(
+            source,
+            key=key,
+            on_conflict="attach",
+            on_detach=self._on_detach(request, asked, chosen.route),
+            deadlines=self._deadlines(asked, upstream),
+            meta=meta,
+            tenant=tenant,
+        )
+        if not started.created:
+            info = started.stream.info()
+            theirs = {name: info.meta.get(name) for name in meta}
+            if info.tenant != tenant or theirs != meta:
+                raise BadRequestError(409, "key_conflict", f"the key {key!r} is that of another request")
+        return started
+
+    def _on_detach(self, request: Request, asked: Asked, route: GatewayRoute | None) -> OnDetach:
+        mode, grace_s = self.config.on_disconnect, self.config.grace_s
+        if route is not None and route.on_disconnect is not None:
+            mode = route.on_disconnect
+        if route is not None and route.grace_s is not None:
+            grace_s = route.grace_s
+        if asked.background:
+            mode = "keep"
+        said = request.headers.get("x-stream-on-disconnect")
+        if said is not None:
+            if said not in ("cancel", "keep"):
+                raise BadRequestError(400, "on_disconnect", "X-Stream-On-Disconnect is 'cancel' or 'keep'")
+            mode = "keep" if said == "keep" else "cancel"
+        return OnDetach(mode=mode, grace_s=grace_s)
+
+    def _deadlines(self, asked: Asked, upstream: Upstream) -> Deadlines:
+        deadlines = upstream.deadlines or self.front.supervisor.deadlines
+        if asked.streamed:
+            return deadlines
+        # One event, at the end: what is between is silence.
+        return attrs.evolve(
+            deadlines, first_event_s=self.config.whole_answer_s, idle_s=self.config.whole_answer_s
+        )
+
+    def _remember(self, response_id: str, made: _Made) -> None:
+        self._responses[response_id] = made
+        self._responses.move_to_end(response_id)
+        while len(self._responses) > self.config.max_responses:
+            self._responses.popitem(last=False)
+
+    # --- the models --------------------------------------------------------------------------------------------------
+
+    async def _models(self, request: Request, send: Send) -> None:
+        """Tell the models of every upstream whose API has such a list, where a request for one would go to it."""
+        self._tenant(request)
+        await self._body(request)
+        wanted = ("anthropic",) if "anthropic-version" in request.headers else ("openai", "anthropic")
+        asked = [up for up in self.upstreams.values() if FAMILIES.get(up.dialect.name) in wanted]
+        lists: dict[str, list[dict[str, Any]]] = {}
+        async with trio.open_nursery() as nursery:
+            for upstream in asked:
+                nursery.start_soon(self._list, upstream, lists)
+        data: dict[str, dict[str, Any]] = {}
+        for upstream in asked:
+            named = [{"id": name} for name in upstream.models]
+            for model in [*named, *lists.get(upstream.name, ())]:
+                if self._leads(model["id"], upstream):
+                    told = {"object": "model", "created": 0, "owned_by": upstream.name, **model}
+                    data.setdefault(model["id"], told)
+        ids: list[str | None] = [*data] or [None]
+        answer = {"object": "list", "data": list(data.values()), "has_more": False}
+        body = msgspec.json.encode({**answer, "first_id": ids[0], "last_id": ids[-1]})
+        await send_answered(send, Answered(upstream="", status=200, headers={}, body=body), [])
+
+    async def _list(self, upstream: Upstream, lists: dict[str, list[dict[str, Any]]]) -> None:
+        headers = {"accept": "application/json"}
+        if FAMILIES[upstream.dialect.name] == "anthropic":
+            headers["anthropic-version"] = "2023-06-01"
+        with trio.move_on_after(_MODELS_S):
+            try:
+                call = Call(method="GET", path="/models", headers=headers)
+                answered = await ask(self.transport, upstream, call, max_bytes=_MODELS_BYTES)
+                value = msgspec.json.decode(answered.body)
+            except (SupervisorError, ValueError, RecursionError):
+                return  # the others' are told
+            data = value.get("data") if isinstance(value, dict) and answered.status == 200 else None
+            if isinstance(data, list):
+                lists[upstream.name] = [
+                    one for one in data if isinstance(one, dict) and isinstance(one.get("id"), str)
+                ]
+
+    def _leads(self, model: str, upstream: Upstream) -> bool:
+        """Whether a request for this model would go to this upstream."""
+        family = FAMILIES[upstream.dialect.name]
+        if self.config.routes:
+            route = self._route(family, model)
+            return route is not None and route.upstream == upstream.name
+        return any(
+            endpoint.family == family and self._first(family, endpoint.dialect.name) is upstream
+            for endpoint in ENDPOINTS.values()
+        )
+
+
+@attrs.frozen
+class _Endpoint:
+    """An ASGI application around a handler: what it cannot serve is told in the API's shape."""
+
+    serve: Callable[[Request, Send], Any]
+    api: Api
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        api = ANTHROPIC if "anthropic-version" in request.headers and self.api is OPENAI else self.api
+        try:
+            await self.serve(request, send)
+        except BadRequestError as error:
+            await send_failure(send, api, error.failure)
+        except ClientDisconnect:
+            pass
+        except HTTPException as error:  # of the body, which is too large or does not come
+            failure = Failure(status=error.status_code, code="request", message=error.detail, again=False)
+            await send_failure(send, api, failure)
+        except SupervisorError as error:
+            await send_failure(send, api, failure_here(error))
+
+
+async def _until_left(receive: Receive, scope: trio.CancelScope) -> None:
+    """Wait for the client to leave, and cancel."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel(reason="the client has left")
+
+
+def _offered_keys(request: Request) -> list[bytes]:
+    """Return the keys that a request shows, wherever SDKs put them."""
+    headers = request.headers
+    offered = [headers[name] for name in ("x-api-key", "x-goog-api-key", "api-key") if name in headers]
+    scheme, _, credential = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        offered.append(credential.strip())
+    if "key" in request.query_params:
+        offered.append(request.query_params["key"])
+    return [key.encode("utf-8", "replace") for key in offered if key]
