@@ -7,6 +7,7 @@ Every session installs what it needs from the dependency groups in pyproject.tom
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -59,6 +60,10 @@ def tests(session: nox.Session) -> None:
     session.log(
         f"not run here: versions of Python other than {version}; for one of them, `nox -s tests -P VERSION`"
     )
+    if os.environ.get("CI") != "true" and shutil.which("chromium") is None:
+        session.warn(
+            "skipped: the tests of the dashboard, as there is no chromium (apt-get install chromium)"
+        )
     if os.environ.get("CI") != "true" and "STREAM_SUPERVISOR_CASES" not in os.environ:
         cases = Path("..") / "shared" / "cases"
         if not cases.is_dir():

@@ -11,7 +11,7 @@ import { second } from "./words.js";
 
 const TURN_MS = 1000;
 const OVERVIEW_EVERY = 2; // turns
-const WAITS_MS = [500, 1000, 2000, 5000];
+const WAITS_MS = [500, 1000, 2000, 3000];
 
 const streams = new Streams();
 const table = new Table(streams, { onStop: stop, onOpen: open });
@@ -131,7 +131,7 @@ function route() {
 async function stop(stream) {
   const answer = await confirmStop(stream);
   if (answer === null) return;
-  announce(toldStop(answer));
+  if (answer.outcome !== "won" || stream.id !== detail.id) announce(toldStop(answer)); // how an open one ended is said anyway
   schedule(0);
 }
 

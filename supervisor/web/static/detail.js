@@ -144,6 +144,7 @@ export class Detail {
       told = await api.trace(id);
     } catch (error) {
       if (error.unreachable || error.unauthenticated) throw error;
+      if (this.id === id && !trace) byId("timeline").replaceChildren(make("p", { class: "line" }, `There is no timeline: ${error.message}`));
     } finally {
       const now = performance.now();
       if (this.id === id) this.traceDue = now + Math.max(TRACE_EVERY_MS, (now - from) * TRACE_SHARE);

@@ -14,7 +14,7 @@ import * as api from "./api.js";
 import { ended } from "./words.js";
 
 const MAX_BEHIND = 2000; // events: further behind, one snapshot is sent in their place
-const WAITS_MS = [250, 500, 1000, 2000, 5000];
+const WAITS_MS = [250, 500, 1000, 2000, 3000];
 const TOLD = ["attempt", "withdrawn", "note", "skipped"];
 
 export class Reader {
@@ -85,9 +85,9 @@ export class Reader {
     }
   }
 
-  /** The place is gone: the answer follows from where it can still be read. */
+  /** The place is gone: the answer follows from where it can still be read, in the epochs that it had there. */
   anew(message) {
-    this.position = placeOf(message.lastEventId);
+    this.position = null;
     this.joins = null;
     this.sink.replace(null);
     this.sink.gap(JSON.parse(message.data));

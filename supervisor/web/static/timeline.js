@@ -126,7 +126,7 @@ function moments(trace) {
   const left = told.length - LISTED + trace.attempts_left_out + trace.stalls_left_out + trace.marks_left_out;
   const items = told.slice(0, LISTED).map(([at, kind, what]) => make("li", { "data-kind": kind }, make("time", {}, moment(at)), make("span", {}, what)));
   if (left > 0) items.push(make("li", {}, make("time"), make("span", {}, `and ${count(left)} more`)));
-  if (trace.left_out) items.push(make("li", {}, make("time"), make("span", {}, `the journal from ${trace.left_out.first} to ${trace.left_out.last} was not looked at`)));
+  for (const { first, last } of trace.left_out) items.push(make("li", {}, make("time"), make("span", {}, `events ${count(first)} to ${count(last)} were not looked at`)));
   return make("ol", { class: "moments" }, ...items);
 }
 

@@ -1,0 +1,411 @@
+"""The dashboard in a real browser, served by a real daemon that reads a simulated upstream.
+
+Nothing of the page is faked: what it shows is compared with what the daemon says over HTTP. Every page must in the end have
+said nothing in the console and have asked nobody but its daemon (`tests.e2e.browser.opened`).
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from tests.e2e.browser import chromium, opened, picture, violations
+from tests.e2e.processes import TOKEN, Daemon, simulated_upstream, start_daemon
+
+Start = Callable[..., str]
+PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+WELL = ["done", "cut", "late", "stopped", "waiting", "going"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with simulated_upstream(tmp_path_factory.mktemp("upstream")) as base_url:
+        yield base_url
+
+
+@pytest.fixture(scope="module")
+def daemon(upstream: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    config = f'[upstreams.goes-on]\nbase_url = "{upstream}"\nproxy = "direct"\nprefill = "assistant"'
+    running = start_daemon(tmp_path_factory.mktemp("daemon"), upstream, config=config)
+    try:
+        yield running
+    finally:
+        running.end()
+
+
+@pytest.fixture
+def api(daemon: Daemon) -> Iterator[httpx.Client]:
+    with client(daemon) as asking:
+        yield asking
+
+
+def client(daemon: Daemon) -> httpx.Client:
+    return httpx.Client(base_url=daemon.http, headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False)
+
+
+def start(api: httpx.Client, model: str, **options: Any) -> str:
+    """Start a stream; return its id."""
+    asked = {
+        "upstream": "sim",
+        "request": {"model": model, "messages": [{"role": "user", "content": "Hello"}]},
+        **options,
+    }
+    started = api.post("/streams", json=asked)
+    assert started.status_code == 201, started.text
+    return str(started.json()["id"])
+
+
+def snapshot_text(api: httpx.Client, stream_id: str) -> str:
+    return str(api.get(f"/streams/{stream_id}/snapshot").json()["text"])
+
+
+def text_of(page: Page) -> str:
+    return page.locator("#text").text_content() or ""
+
+
+def wait_for_text(page: Page, characters: int) -> None:
+    """Return once the page shows so much text."""
+    page.wait_for_function(
+        "least => document.getElementById('text').textContent.length >= least", arg=characters
+    )
+
+
+def expect_text(page: Page, text: str) -> None:
+    """Wait until the page shows this text and no other."""
+    page.wait_for_function("text => document.getElementById('text').textContent === text", arg=text)
+
+
+def words(page: Page) -> dict[str, str]:
+    """Return the word in each row, by what the row is called."""
+    rows = (
+        "rows => Object.fromEntries(rows.map(row => [row.querySelector('a').textContent, row.dataset.word]))"
+    )
+    shown: dict[str, str] = page.locator("#rows tr").evaluate_all(rows)
+    return shown
+
+
+def expect_rows(page: Page, names: set[str]) -> None:
+    """Wait until the table has exactly these rows."""
+    page.wait_for_function(
+        "names => JSON.stringify([...document.querySelectorAll('#rows a')].map(a => a.textContent).sort()) === names",
+        arg=str(sorted(names)).replace("'", '"').replace(", ", ","),
+    )
+
+
+def filter_by(page: Page, needle: str) -> None:
+    page.locator("#needle").fill(needle)
+
+
+def test_start_watch_and_stop(browser: Browser, daemon: Daemon, api: httpx.Client) -> None:
+    """From the page a stream is started, watched as it comes, and stopped; what is kept is what was shown."""
+    refused = "the server responded with a status of 40[01]"  # to the wrong token, and to the upstream that is not there
+    with opened(browser, daemon.http, token=None, allowed=[refused]) as page:
+        page.get_by_label("Token").fill("not the token")
+        page.get_by_role("button", name="Sign in").click()
+        expect(page.locator("#token-wrong")).to_have_text("This is not the token.")
+        page.get_by_label("Token").fill(TOKEN)
+        page.get_by_role("button", name="Sign in").click()
+        page.get_by_role("button", name="New stream").click()
+        asking = page.get_by_role("dialog")
+        asking.get_by_label("Upstream").fill("nobody")
+        asking.get_by_label("Model").fill("sim/endless")
+        asking.get_by_label("Prompt").fill("Hello")
+        asking.get_by_label("Key").fill("from-the-page")
+        asking.get_by_role("button", name="Start", exact=True).click()
+        expect(page.locator("#start-wrong")).to_contain_text("a configured upstream: goes-on, sim")
+        asking.get_by_label("Upstream").fill("sim")
+        asking.get_by_role("button", name="Start", exact=True).click()
+
+        expect(page.locator("#detail-title")).to_have_text("from-the-page")
+        wait_for_text(page, 60)
+        expect(page.locator("#detail-pill")).to_have_text("streaming")
+        expect(page.locator("#rows tr[data-selected] .c-state .pill")).to_have_text("streaming")
+
+        page.locator("#detail").get_by_role("button", name="Stop").click()
+        dialog = page.get_by_role("dialog")
+        expect(dialog).to_contain_text("from-the-page")
+        dialog.get_by_role("button", name="Keep it running").click()
+        page.locator("#detail").get_by_role("button", name="Stop").click()
+        dialog.get_by_label("Reason").fill("seen enough")
+        dialog.get_by_role("button", name="Stop the stream").click()
+        expect(page.locator("#detail-pill")).to_have_text("cancelled")
+        expect(page.locator("#rows tr[data-selected] .c-state")).to_have_text("cancelledcancelled(requested)")
+        expect(page.locator("#announce")).to_have_text(
+            "from-the-page has ended: cancelled, cancelled(requested)."
+        )
+        expect(page.locator("#timeline .moments")).to_contain_text("cancelled(requested)")
+
+        (stream,) = api.get("/streams", params={"key": "from-the-page"}).json()["streams"]
+        assert (stream["outcome"]["message"], stream["outcome"]["actor"]) == ("seen enough", "dashboard")
+        assert text_of(page) == snapshot_text(api, stream["id"])
+
+
+def test_the_words_for_states(browser: Browser, daemon: Daemon, api: httpx.Client) -> None:
+    """Each row says idle, streaming, complete, cancelled or error, as its stream is; rows are found by word, label, key and order."""
+    models = {
+        "done": "sim/ok",
+        "cut": "sim/no-marker",
+        "late": "sim/stall?after=1",
+        "stopped": "sim/endless",
+        "waiting": "sim/silent",
+        "going": "sim/endless",
+    }
+    ids = {
+        key: start(
+            api,
+            models[key],
+            key=key,
+            labels={"set": "words"},
+            deadlines={"idle_s": 0.2} if key == "late" else {},
+        )
+        for key in WELL
+    }
+    api.post(f"/streams/{ids['stopped']}/cancel", json={})
+    with opened(browser, daemon.http, token=TOKEN) as page:
+        filter_by(page, "set=words")
+        expect_rows(page, set(WELL))
+        expect(page.locator("tr[data-word=error]")).to_have_count(2)
+        expect(page.locator("tr[data-word=streaming]")).to_have_count(1)
+        assert words(page) == {
+            "done": "complete",
+            "cut": "error",
+            "late": "error",
+            "stopped": "cancelled",
+            "waiting": "idle",
+            "going": "streaming",
+        }
+        expect(page.locator("tr", has_text="cut").locator(".c-state")).to_have_text("errorfailed(truncated)")
+        expect(page.locator("tr", has_text="late").locator(".c-state")).to_have_text("errorexpired(idle)")
+
+        for word, names in {"error": {"cut", "late"}, "live": {"waiting", "going"}, "all": set(WELL)}.items():
+            page.locator(f"#words input[value={word}]").check()
+            expect_rows(page, names)
+
+        heading = page.get_by_role("columnheader", name="Stream", exact=True)
+        heading.get_by_role("button").click()
+        names = page.locator("#rows a").all_text_contents()
+        assert names == sorted(WELL)
+        expect(heading).to_have_attribute("aria-sort", "ascending")
+
+        # The figures at the head are the daemon's.
+        hour = api.get("/overview").json()["hour"]
+        assert hour["ended"]["cancelled"] >= 1
+        expect(page.locator("#success-foot")).to_contain_text(
+            f"{hour['ended']['cancelled']} cancelled, not counted"
+        )
+        expect(page.locator("#live")).to_have_text(str(api.get("/overview").json()["active"]["live"]))
+        expect(page.locator("#errors")).to_contain_text("failed(truncated)")
+        expect(page.locator("#errors")).to_contain_text("expired(idle)")
+
+        filter_by(page, "going")
+        page.keyboard.press("Enter")
+        expect(page.locator("#detail-title")).to_have_text("going")
+    for key in ("waiting", "going"):
+        api.delete(f"/streams/{ids[key]}")
+
+
+@pytest.mark.parametrize("rung", ["continuation", "restart"])
+def test_text_over_several_attempts(browser: Browser, daemon: Daemon, api: httpx.Client, rung: str) -> None:
+    """Where an answer breaks off and goes on, or begins anew, the page shows the text that holds, live as well as afterwards."""
+    model = f"sim/ok?tokens=30&interval_s=0.03&fault=drop&after=12&times=1&key={rung}"
+    upstream = "goes-on" if rung == "continuation" else "sim"
+    stream_id = start(api, model, upstream=upstream, retry={"resume": [rung]})
+    with opened(browser, daemon.http, token=TOKEN, place=f"#/streams/{stream_id}") as page:
+        wait_for_text(page, 5)
+        expect(page.locator("#detail-pill")).to_have_text("complete")
+        stream = api.get(f"/streams/{stream_id}").json()
+        assert stream["outcome"]["rungs"] == [rung]
+        live, kept = text_of(page), snapshot_text(api, stream_id)
+        assert live == kept
+        expect(page.locator(".seam")).to_have_count(1 if rung == "continuation" else 0)
+        expect(page.locator("#timeline .moments")).to_contain_text(f"attempt 2 ({rung}) to {upstream}")
+        page.reload()
+        expect(page.locator("#detail-pill")).to_have_text("complete")
+        expect_text(page, kept)
+
+
+def test_a_hidden_page_lets_go_and_goes_on(browser: Browser, daemon: Daemon, api: httpx.Client) -> None:
+    """A page that is not seen holds no connection; seen again it goes on where it was, and nothing is lost or doubled."""
+    stream_id = start(api, "sim/paced")
+    with opened(browser, daemon.http, token=TOKEN, place=f"#/streams/{stream_id}") as page:
+        for share in (40, 120, 200):
+            wait_for_text(page, share)
+            hide(page, hidden=True)
+            api.get("/streams")  # the daemon's turn, some events long
+            hide(page, hidden=False)
+        expect(page.locator("#detail-pill")).to_have_text("complete")
+        assert text_of(page) == snapshot_text(api, stream_id)
+
+
+def hide(page: Page, *, hidden: bool) -> None:
+    page.evaluate(
+        "hidden => { Object.defineProperty(document, 'hidden', { value: hidden, configurable: true });"
+        " document.dispatchEvent(new Event('visibilitychange')) }",
+        hidden,
+    )
+
+
+def test_the_daemon_is_killed_and_comes_back(browser: Browser, upstream: str, tmp_path: Path) -> None:
+    """Over a SIGKILL and a restart the page says so, comes back by itself, and shows the text that was kept: not more, not less.
+
+    One stream is in full flow, and has shown text that was not durable; of the other everything was, and it stands still.
+    """
+    config = "[store]\ncommit_interval_s = 0.3"
+    first = start_daemon(tmp_path, upstream, config=config)
+    refused = r"net::ERR_(CONNECTION_REFUSED|INCOMPLETE_CHUNKED_ENCODING|EMPTY_RESPONSE|CONNECTION_RESET)"
+    second = None
+    try:
+        with client(first) as api:
+            flowing = start(api, "sim/endless", key="flowing")
+            still = start(api, "sim/stall?after=6", key="still")
+        with (
+            opened(browser, first.http, token=TOKEN, place=f"#/streams/{flowing}", allowed=[refused]) as page,
+            opened(browser, first.http, token=TOKEN, place=f"#/streams/{still}", allowed=[refused]) as other,
+        ):
+            wait_for_text(other, 18)
+            wait_for_text(page, 300)
+            whole = text_of(other)
+            first.signal(signal.SIGKILL)
+            first.wait()
+            seen = text_of(page)
+            expect(page.locator("#lost")).to_be_visible()
+            expect(page.locator("#link")).to_have_text("Connection lost.")
+            assert text_of(page) == seen
+
+            port = str(urlsplit(first.http).port)
+            second = start_daemon(tmp_path, upstream, "--web-port", port, config=config)
+            for each in (page, other):
+                expect(each.locator("#detail-pill")).to_have_text("error")
+                expect(each.locator("#detail-line")).to_contain_text("failed(interrupted)")
+                expect(each.locator("#lost")).to_be_hidden()
+            expect(page.locator("#rows tr", has_text="flowing").locator(".c-state .pill")).to_have_text(
+                "error"
+            )
+            with client(second) as api:
+                kept = snapshot_text(api, flowing)
+                assert seen.startswith(kept)
+                assert whole == snapshot_text(api, still)
+                for each, text in ((page, kept), (other, whole)):
+                    expect(each.locator("#timeline .moments")).to_contain_text("failed(interrupted)")
+                    expect_text(each, text)
+                start(api, "sim/ok", key="afterwards")
+            expect(page.locator("#rows tr", has_text="afterwards").locator(".c-state .pill")).to_have_text(
+                "complete"
+            )
+    finally:
+        first.end()
+        if second is not None:
+            second.end()
+
+
+def test_keyboard(browser: Browser, daemon: Daemon, api: httpx.Client) -> None:
+    """By keyboard alone a stream is found, opened, nearly stopped and closed, and the focus is where one left it."""
+    ids = [start(api, "sim/silent", key=f"key-{number}", labels={"set": "keys"}) for number in range(3)]
+    with opened(browser, daemon.http, token=TOKEN) as page:
+        expect(page.locator("#rows tr", has_text="key-2")).to_be_visible()
+        page.keyboard.press("/")
+        page.keyboard.type("set=keys")
+        expect_rows(page, {"key-0", "key-1", "key-2"})
+        page.locator("#rows a", has_text="key-2").focus()
+        page.keyboard.press("ArrowDown")
+        expect(page.locator("#rows a", has_text="key-1")).to_be_focused()
+        page.keyboard.press("Delete")
+        expect(page.get_by_role("dialog")).to_contain_text("key-1")
+        page.keyboard.press("Escape")
+        expect(page.get_by_role("dialog")).to_have_count(0)
+        page.keyboard.press("Enter")
+        expect(page.locator("#detail-title")).to_have_text("key-1")
+        page.keyboard.press("Escape")
+        expect(page.locator("#detail")).to_be_hidden()
+        expect(page.locator("#rows a", has_text="key-1")).to_be_focused()
+        page.keyboard.press("?")
+        expect(page.get_by_role("dialog")).to_contain_text("from stream to stream")
+    for stream_id in ids:
+        assert api.delete(f"/streams/{stream_id}").json()["outcome"] == "won"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_for_everybody(browser: Browser, daemon: Daemon, api: httpx.Client, scheme: str) -> None:
+    """axe-core finds nothing wrong: with a stream open, in every dialog, in both colour schemes, on a desk and on a phone."""
+    stream_id = start(
+        api,
+        "sim/ok?tokens=60&fault=drop&after=20&times=1&interval_s=0.005",
+        key=f"axe-{scheme}",
+        retry={"resume": ["restart"]},
+    )
+    start(api, "sim/no-marker")
+    try:
+        live = start(api, "sim/endless", key=f"axe-live-{scheme}")
+        with opened(browser, daemon.http, token=TOKEN, color_scheme=scheme) as page:
+            expect(page.locator("#rows tr[data-word=streaming]").first).to_be_visible()
+            expect(page.locator("#live-foot")).not_to_be_empty()
+            assert violations(page) == []
+            picture(page, f"streams-{scheme}")
+            page.goto(f"{daemon.http}/#/streams/{stream_id}")
+            expect(page.locator("#timeline .moments")).to_contain_text("completed(stop)")
+            assert violations(page) == []
+            picture(page, f"stream-{scheme}")
+            for button in ("New stream", "Keyboard", f"Stop axe-live-{scheme}"):
+                page.get_by_role("button", name=button, exact=True).click()
+                assert violations(page) == []
+                page.keyboard.press("Escape")
+            if scheme == "light":
+                ground = "getComputedStyle(document.body).backgroundColor"
+                before = page.evaluate(ground)
+                page.emulate_media(color_scheme="dark")
+                assert page.evaluate(ground) != before
+        with opened(
+            browser, daemon.http, token=TOKEN, color_scheme=scheme, place=f"#/streams/{stream_id}", **PHONE
+        ) as page:
+            expect(page.locator("#timeline .moments")).to_contain_text("completed(stop)")
+            assert violations(page) == []
+    finally:
+        api.delete(f"/streams/{live}")
+
+
+def test_on_a_phone(browser: Browser, daemon: Daemon, api: httpx.Client) -> None:
+    """At phone width, and down to 320 pixels, nothing is cut off or scrolls sideways, and what is pressed is large enough."""
+    stream_id = start(
+        api, "sim/endless", key="a-key-that-is-long-enough-to-be-too-long-for-a-telephone/" + "x" * 60
+    )
+    wide = "document.documentElement.scrollWidth - innerWidth"
+    with opened(browser, daemon.http, token=TOKEN, **PHONE) as page:
+        row = page.locator(f"#rows tr[data-id='{stream_id}']")
+        expect(row).to_be_visible()
+        for width in (390, 320):
+            page.set_viewport_size({"width": width, "height": 844})
+            assert page.evaluate(wide) <= 0
+            for part in (".pill", "a", "button", ".c-age", ".c-rate"):
+                box = row.locator(part).first.bounding_box()
+                assert box is not None
+                assert box["x"] >= 0
+                assert box["x"] + box["width"] <= width
+            box = row.get_by_role("button").bounding_box()
+            assert box is not None
+            assert min(box["width"], box["height"]) >= 40
+        page.set_viewport_size({"width": 390, "height": 844})
+        picture(page, "phone-streams")
+        row.locator("a").tap()
+        wait_for_text(page, 40)
+        assert page.evaluate(wide) <= 0
+        expect(page.locator("#list")).to_be_hidden()
+        expect(page.locator("#stop")).to_be_in_viewport()
+        expect(page.locator("#text")).to_be_in_viewport()
+        expect(page.locator("#timeline svg")).to_be_visible()
+        picture(page, "phone-stream")
+        page.locator("#close").tap()
+        expect(row).to_be_visible()
+    api.delete(f"/streams/{stream_id}")
