@@ -244,11 +244,14 @@ class _Left(Exception):  # noqa: N818  # it is no error
 class _Protocol(H11Protocol):
     """anycorn's, without the ways out of HTTP/1.1."""
 
+    counts: _Counts
+
     async def _check_protocol(self, event: h11.Request) -> None:
         """Take no notice of an upgrade to HTTP/2, nor of its preface."""
 
     async def _send_error_response(self, status_code: int) -> None:
         """Refuse what is no request, in words."""
+        self.counts.protocol_errors += status_code != 408
         kind, message = _MISTAKES.get(status_code, _MISTAKES[400])
         body = b'{"error":{"kind":"%b","message":"%b","temporary":false,"retry_after_s":null}}' % (
             kind,
@@ -264,6 +267,10 @@ class _Protocol(H11Protocol):
         await self._send_h11_event(h11.EndOfMessage())
 
     async def _create_stream(self, request: h11.Request) -> None:
+        if request.http_version not in {b"1.0", b"1.1"}:
+            await self._send_error_response(505)
+            await self.send(Closed())
+            return
         if any(name == b"upgrade" for name, _ in request.headers):
             request = h11.Request(
                 method=request.method,
@@ -310,7 +317,7 @@ class _Connection:
     def __init__(self, server: WebServer, transport: trio.SocketStream) -> None:
         self.server = server
         self.limits = server.limits
-        self.protocol: H11Protocol
+        self.protocol: _Protocol
         self.reading = trio.CancelScope()
         """Around all reading: to cancel it is to end the connection, its deadline is that of the next request."""
         self._transport = transport
@@ -339,11 +346,12 @@ class _Connection:
                         self._send,
                         None,
                     )
+                    self.protocol.counts = server.counts
                     self.protocol.can_read = _Pause(self)
                     await self._read()
                     self._scope.deadline = trio.current_time() + self.limits.leave_s
                     await self.protocol.handle(Closed())
-            if not self._dead:
+            if self._begun and not self._dead:
                 with trio.move_on_after(self.limits.linger_s):
                     await _linger(transport)
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
@@ -383,7 +391,9 @@ class _Connection:
     async def _send(self, event: Event) -> None:
         """Do what the protocol says."""
         if isinstance(event, RawData):
-            if not self._dead and event.data:
+            if self._dead:
+                await trio.lowlevel.checkpoint()  # an application that sends on and on must get to hear of it
+            elif event.data:
                 await self._write(event.data)
         elif isinstance(event, Updated):
             idle = self.server.idle
@@ -396,8 +406,6 @@ class _Connection:
                 idle.pop(self, None)
                 self.reading.deadline = float("inf")
         elif isinstance(event, Closed):
-            if self in self.server.idle:
-                self.server.counts.protocol_errors += 1
             self.reading.cancel(reason="the protocol has ended the connection")
 
     async def _write(self, data: bytes) -> None:
