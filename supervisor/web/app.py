@@ -26,6 +26,7 @@ so (CORS). No header is trusted that says who the client is.
 
 from __future__ import annotations
 
+import copy
 import hmac
 import logging
 import time
@@ -183,11 +184,7 @@ def create_app(front: Front, parts: Iterable[Part] = ()) -> Starlette:
     """Return the application: the session, and what the parts have."""
     routes: list[BaseRoute] = [*_session(front).routes]
     for part in parts:
-        if not part.open:
-            for route in part.routes:
-                assert isinstance(route, Route | Mount), "only these can be closed"
-                route.app = _Locked(route.app, front.access)
-        routes.extend(part.routes)
+        routes.extend(part.routes if part.open else [_locked(one, front.access) for one in part.routes])
     middleware = [Middleware(_Gate, access=front.access)]
     if front.access.origins:
         middleware.append(
@@ -319,6 +316,14 @@ def _name(host: str) -> str:
     """Return a Host without its port."""
     name, colon, port = host.rpartition(":")
     return name if colon and port.isdecimal() and not name.endswith(":") else host
+
+
+def _locked(route: BaseRoute, access: WebAccess) -> BaseRoute:
+    """Return a route behind the token."""
+    assert isinstance(route, Route | Mount), "only these can be locked"
+    behind = copy.copy(route)
+    behind.app = _Locked(route.app, access)
+    return behind
 
 
 class _Locked:
