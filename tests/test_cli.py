@@ -402,6 +402,32 @@ def test_show(shell: Shell) -> None:
     assert told["snapshot"]["text"] == Script().expected_text()
 
 
+def test_trace(shell: Shell, tmp_path: Path) -> None:
+    """As a drawing, as JSON, and as a file for a viewer; by id or key; what is wrong is said."""
+    stream_id = shell.start("sim/429?times=1", "--key", "traced")
+    assert shell("watch", stream_id)[0] == 0
+    code, out, _ = shell("trace", stream_id)
+    assert code == 0
+    assert f"{stream_id} completed(stop)" in out
+    assert "attempt 2 (retry at sim)" in out
+    (told,) = shell.json("trace", "--key", "traced")
+    assert (told["id"], len(told["attempts"]), told["outcome"]["attempts"]) == (stream_id, 2, 2)
+    code, out, err = shell("trace", stream_id, "--perfetto", str(tmp_path / "file.json"))
+    assert (code, out) == (0, "")
+    assert "ui.perfetto.dev" in err
+    file = json.loads((tmp_path / "file.json").read_text())
+    assert json.loads(shell("trace", stream_id, "--perfetto", "-")[1]) == file
+    assert any("retry" in event["name"] for event in file["traceEvents"])
+    for argv, said, expected in (
+        (("trace",), "which stream?", 2),
+        (("trace", "--json", "--perfetto", "-", stream_id), "--perfetto -", 2),
+        (("trace", stream_id, "--perfetto", str(tmp_path)), str(tmp_path), 1),
+    ):
+        code, out, err = shell(*argv)
+        assert (code, out) == (expected, "")
+        assert said in err
+
+
 def test_list(shell: Shell) -> None:
     """Filters choose, pages continue, and a pipe gets whole ids and neither colours nor a width."""
     ids = [

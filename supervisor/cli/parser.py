@@ -115,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_daemon(commands)
     _add_streams(commands)
+    _add_views(commands)
     _add_control(commands)
     _add_tools(commands)
     return parser
@@ -348,6 +349,29 @@ def _add_streams(commands: Any) -> None:
     cancel.add_argument(
         "--wait-s", type=_seconds, default=5.0, metavar="S", help="how long to wait for the end (5)"
     )
+
+
+def _add_views(commands: Any) -> None:
+    trace = _client(
+        commands,
+        "trace",
+        "tracing:trace",
+        "show what happened when in a stream, live or ended: attempts, gaps, stalls, sizes",
+    )
+    _selector(trace)
+    trace.add_argument(
+        "--perfetto",
+        metavar="FILE",
+        help="write it as a file for https://ui.perfetto.dev or chrome://tracing (-: to standard output)",
+    )
+    top = _client(
+        commands,
+        "top",
+        "top:top",
+        "show streams and figures on the whole terminal, live",
+        epilog="Keys: up and down choose a stream, c cancels it (and asks first), s sorts by another column, q ends.",
+    )
+    top.add_argument("--interval", type=_seconds, default=1.0, metavar="S", help="how often to look (1)")
 
 
 def _add_control(commands: Any) -> None:

@@ -26,6 +26,8 @@ __all__ = [
     "print_json",
     "say",
     "show_text",
+    "size",
+    "spark",
     "streams_table",
     "styled_state",
     "table",
@@ -35,6 +37,7 @@ __all__ = [
 
 _PIPE_COLUMNS = 100_000
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_BLOCKS = " ▁▂▃▄▅▆▇█"
 _COLOURS = {
     "pending": "dim",
     "connecting": "cyan",
@@ -173,6 +176,23 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes} m {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} m"
+
+
+def size(nbytes: float) -> str:
+    """Return a number of bytes as people write it: `512 B`, `4.2 kB`, `180 MB`."""
+    value, units = float(nbytes), iter(("B", "kB", "MB", "GB"))
+    unit = next(units)
+    while value >= 1000 and (larger := next(units, None)) is not None:
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+
+
+def spark(values: Sequence[float | None]) -> str:
+    """Return a line of blocks as high as the values; a space for 0 and for what is not known."""
+    most = max((value for value in values if value), default=0)
+    return "".join(
+        _BLOCKS[max(1, round(value / most * (len(_BLOCKS) - 1)))] if value else " " for value in values
+    )
 
 
 def moment(at: float | None) -> str:
