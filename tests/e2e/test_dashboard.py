@@ -6,6 +6,7 @@ said nothing in the console and have asked nobody but its daemon (`tests.e2e.bro
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -217,14 +218,54 @@ def test_the_words_for_states(browser: Browser, daemon: Daemon, api: httpx.Clien
         api.delete(f"/streams/{ids[key]}")
 
 
-@pytest.mark.parametrize("rung", ["continuation", "restart"])
-def test_text_over_several_attempts(browser: Browser, daemon: Daemon, api: httpx.Client, rung: str) -> None:
-    """Where an answer breaks off and goes on, or begins anew, the page shows the text that holds, live as well as afterwards."""
-    model = f"sim/ok?tokens=30&interval_s=0.03&fault=drop&after=12&times=1&key={rung}"
+def test_more_streams_than_one_answer_tells(browser: Browser, daemon: Daemon, api: httpx.Client) -> None:
+    """Page by page all live streams are found, those that end as well as those that begin; older ended ones when asked for."""
+    ids = [start(api, "sim/silent", key=f"many-{number}", labels={"set": "many"}) for number in range(7)]
+    live, ended = "**/streams?live=true*", "**/streams?live=false*"
+    with opened(browser, daemon.http, token=TOKEN) as page:
+        page.route(live, lambda route: route.continue_(url=route.request.url.replace("limit=500", "limit=4")))
+        page.route(
+            ended, lambda route: route.continue_(url=re.sub(r"limit=\d+", "limit=2", route.request.url))
+        )
+        page.reload()
+        filter_by(page, "set=many")
+        expect_rows(page, {f"many-{number}" for number in range(7)})
+        api.delete(f"/streams/{ids[0]}")
+        expect(page.locator("#rows tr", has_text="many-0").locator(".c-state")).to_contain_text(
+            "cancelled(requested)"
+        )
+        ids.append(start(api, "sim/silent", key="many-7", labels={"set": "many"}))
+        expect(page.locator("#rows tr", has_text="many-7")).to_be_visible()
+        for stream_id in ids[1:]:
+            api.delete(f"/streams/{stream_id}")
+        page.locator("#words input[value=cancelled]").check()
+        page.reload()
+        filter_by(page, "set=many")
+        expect(page.locator("#rows tr")).to_have_count(2)
+        while page.locator("#rows tr").count() < 8:
+            before = page.locator("#rows tr").count()
+            page.get_by_role("button", name="Load older").click()
+            expect(page.locator("#rows tr")).not_to_have_count(before)
+        expect_rows(page, {f"many-{number}" for number in range(8)})
+
+
+@pytest.mark.parametrize(
+    ("rung", "between"), [("continuation", False), ("continuation", True), ("restart", False)]
+)
+def test_text_over_several_attempts(
+    browser: Browser, daemon: Daemon, api: httpx.Client, rung: str, between: bool
+) -> None:
+    """Where an answer breaks off and goes on, or begins anew, the page shows the text that holds: live, afterwards, and if opened between."""
+    first_after_s = 0.8 if between else 0
+    model = f"sim/ok?tokens=30&interval_s=0.03&fault=drop&after=12&times=1&first_after_s={first_after_s}&key={rung}{between}"
     upstream = "goes-on" if rung == "continuation" else "sim"
     stream_id = start(api, model, upstream=upstream, retry={"resume": [rung]})
     with opened(browser, daemon.http, token=TOKEN, place=f"#/streams/{stream_id}") as page:
         wait_for_text(page, 5)
+        while between and api.get(f"/streams/{stream_id}").json()["attempts"] < 2:
+            pass
+        if between:
+            page.reload()
         expect(page.locator("#detail-pill")).to_have_text("complete")
         stream = api.get(f"/streams/{stream_id}").json()
         assert stream["outcome"]["rungs"] == [rung]
@@ -244,7 +285,8 @@ def test_a_hidden_page_lets_go_and_goes_on(browser: Browser, daemon: Daemon, api
         for share in (40, 120, 200):
             wait_for_text(page, share)
             hide(page, hidden=True)
-            api.get("/streams")  # the daemon's turn, some events long
+            while api.get(f"/streams/{stream_id}").json()["readers"]:
+                pass
             hide(page, hidden=False)
         expect(page.locator("#detail-pill")).to_have_text("complete")
         assert text_of(page) == snapshot_text(api, stream_id)

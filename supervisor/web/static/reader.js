@@ -5,7 +5,8 @@
 // was not durable, or retention the history), what can be read follows, from its beginning, and replaces what was shown.
 //
 // What an attempt does to what was received before it is done here as the daemon does it (its `attempt` events say so): `withdrawn`
-// begins the answer anew, and a `continuation` joins its first text, with `dropped` characters of white space not kept.
+// begins the answer anew, and a `continuation` joins its first text, with `dropped` characters of white space not kept. A snapshot
+// does not say whether an attempt is about to join; one that may be is taken again once there is more text.
 //
 // A browser's EventSource would reconnect by itself, but not after an HTTP error, and without saying why; so it is closed at the
 // first error, and a look at the stream decides whether there is more to come.
@@ -29,6 +30,7 @@ export class Reader {
     this.timer = null;
     this.failures = 0;
     this.joins = null;
+    this.unsure = false; // whether the next text may join what a snapshot gave
     this.closed = false;
   }
 
@@ -69,17 +71,26 @@ export class Reader {
     const place = placeOf(message.lastEventId);
     if (place && this.position && !after(place, this.position)) return;
     const event = JSON.parse(message.data);
+    if (kind === "text" && this.unsure) {
+      this.pause();
+      this.position = null;
+      this.open();
+      return;
+    }
     if (place) this.position = place;
     if (kind === "snapshot") {
+      const { snapshot } = event;
       this.joins = null;
-      this.sink.replace(event.snapshot ?? event);
+      this.unsure = snapshot.state === "connecting" && snapshot.text !== "";
+      this.sink.replace(snapshot);
     } else if (kind === "text") {
       this.sink.append(event.text, this.joins?.dropped ?? 0, this.joins !== null);
       this.joins = null;
     } else if (kind === "outcome") {
-      this.over(event.outcome ?? event);
+      this.over(event.outcome);
     } else {
       if (kind === "withdrawn") this.sink.replace(null);
+      if (kind === "attempt" || kind === "withdrawn") this.unsure = false;
       if (kind === "attempt") this.joins = event.details?.rung === "continuation" ? { dropped: event.details.dropped ?? 0 } : null;
       this.sink.event(kind, event);
     }
