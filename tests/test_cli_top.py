@@ -8,7 +8,7 @@ import signal
 import termios
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TextIO
 
 import attrs
 import msgspec
@@ -54,6 +54,10 @@ async def streaming(out: Output) -> None:
     await trio.sleep_forever()
 
 
+def _writing(slave: int) -> TextIO:
+    return open(slave, "w", encoding="utf-8", closefd=False)
+
+
 @asynccontextmanager
 async def shown(results: list[int], **limits: Any) -> AsyncIterator[Terminal]:
     """Show top on a terminal, of a daemon's parts, for the length of a block; `results` gets what it returned."""
@@ -62,7 +66,7 @@ async def shown(results: list[int], **limits: Any) -> AsyncIterator[Terminal]:
     async with open_supervisor(limits=Limits(**limits)) as sup, trio.open_nursery() as nursery:
         server = ControlServer(sup, figures=Figures(sup))
         (port,) = await nursery.start(server.run)
-        with os.fdopen(os.dup(slave), "w", encoding="utf-8") as out:
+        with _writing(slave) as out:
             screen = Console(file=out, force_terminal=True, width=WIDTH, height=HEIGHT, legacy_windows=False)
             try:
                 async with (
