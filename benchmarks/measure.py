@@ -104,11 +104,12 @@ def arguments(
     rounds: int,
     parts: Mapping[str, Sequence[str]] | None = None,
     numbers: Mapping[str, str] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> argparse.Namespace:
     """Parse the options that every benchmark has, and its own.
 
     `parts` are options to run a part of it: all there are, by name. `numbers` are options that take a number: what for, by name; 0
-    if not given.
+    if not given. `texts` are options that take a text, likewise; None if not given.
     """
     parser = argparse.ArgumentParser(
         description=description.partition("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
@@ -127,6 +128,8 @@ def arguments(
         )
     for name, meaning in (numbers or {}).items():
         parser.add_argument(f"--{name}", metavar="N", type=float, default=0, help=meaning)
+    for name, meaning in (texts or {}).items():
+        parser.add_argument(f"--{name}", metavar="TEXT", help=meaning)
     parser.add_argument("--worker", metavar="JSON", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.rounds = options.rounds or (1 if options.quick else rounds)

@@ -32,6 +32,7 @@ import socket
 import ssl
 import sys
 import time
+import urllib.parse
 from typing import Any
 
 import measure
@@ -224,6 +225,10 @@ class Pacer:
             return
         request = json.loads(rest)
         client.key = request.get("user") or "?"
+        said = request["messages"][-1]["content"] if request.get("messages") else ""
+        if said.startswith("user "):
+            client.key, _, asked = said[5:].partition("?")
+            request |= dict(urllib.parse.parse_qsl(asked))
         self.streaming += 1
         client.rest = _HEAD
         client.flood = int(request.get("flood", -1))

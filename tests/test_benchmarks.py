@@ -149,6 +149,23 @@ def _run(script: str, tmp_path: Path) -> dict:
             id="scale",
         ),
         pytest.param(
+            "gateway.py",
+            {
+                "flood: CPU per event",
+                "5 streams of 50 events/s: CPU per event",
+                "5 streams: from the upstream's send to the client, p50",
+                "5 streams: from the upstream's send to the client, p99",
+                "5 streams: memory per stream",
+                "to the first byte, p50",
+                "to the first byte, p99",
+                "disconnect to the upstream's close, p50",
+                "disconnect to the upstream's close, p99",
+            },
+            {"ours", "fastapi"},
+            7,
+            id="gateway",
+        ),
+        pytest.param(
             "floor.py",
             {"paced, plain: CPU per event"} if COMPILER and sys.platform == "linux" else set(),
             {"C", "C, sent on", "ours", "raw trio"},
