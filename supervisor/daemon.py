@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import logging
 import os
 import resource
@@ -26,6 +25,7 @@ from typing import Any, NoReturn
 import attrs
 import trio
 
+from supervisor import garbage
 from supervisor.config import Config
 from supervisor.control.auth import Token, require_safe_address
 from supervisor.control.messages import ShutdownParams, StartParams
@@ -40,7 +40,7 @@ from supervisor.upstream.circuit import Circuits
 from supervisor.upstream.tls import shared_context
 from supervisor.upstream.transport import StreamTransport
 from supervisor.version import version
-from supervisor.web import events, metrics
+from supervisor.web import events, metrics, openapi
 from supervisor.web.app import Front, Part, WebAccess, alive, create_app
 from supervisor.web.dashboard import dashboard
 from supervisor.web.gateway import gateway
@@ -247,7 +247,8 @@ class _Daemon:
             )
             port = await _listening(nursery, server.run, control.host, control.port, "--port")
             front = self._front(supervisor, server)
-            web, http = WebServer(create_app(front, self._parts(front, figures)), limits=config.web.limits), None
+            web = WebServer(create_app(front, self._parts(front, figures)), limits=config.web.limits)
+            http = None
             front.stats["web"] = web.statistics
             supervisor.memory.register("HTTP requests", Holder(held=lambda: web.body_bytes))
             if config.web.port is not None:
@@ -259,8 +260,7 @@ class _Daemon:
             if config.retention.limited:
                 nursery.start_soon(self._retain, name="retention")
             self.ending.started = True
-            gc.collect()
-            gc.freeze()  # modules and certificates live as long as the process: no full collection need look at them again
+            nursery.start_soon(garbage.tend, supervisor, name="garbage")
             self._announce(port, http)
             await self.ending.requested.wait()
             await self._wind_down(supervisor)
@@ -307,6 +307,7 @@ class _Daemon:
         yield alive(front)
         yield dashboard()
         yield events.part(front)
+        yield openapi.part(front)
         yield metrics.ready(front)
         yield metrics.part(front, figures)
         yield gateway(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
@@ -43,6 +43,7 @@ class Scene:
     supervisor: Supervisor
     server: WebServer
     sources: dict[str, SourceFunction]
+    routes: Sequence[Any]
 
     def client(self, **options: Any) -> AbstractAsyncContextManager[Client]:
         return Client.of(self.server, **options)
@@ -85,17 +86,21 @@ async def scene(
     parts: Iterable[Part] = (),
     store: Store | None = None,
     streams: Limits | None = None,
+    otherwise: SourceFunction | None = None,
+    more: Callable[[Front], Iterable[Part]] = lambda _: (),
+    within_s: float = WAIT_S,
     **limits: Any,
 ) -> AsyncIterator[Scene]:
-    """Serve a front for the length of a block."""
+    """Serve a front for the length of a block; `otherwise` is every upstream that is not in `sources`."""
     sources: dict[str, SourceFunction] = {"ten": ten, "forever": forever}
 
     def resolve(params: StartParams) -> Resolved:
-        if params.upstream not in sources:
+        source = sources.get(params.upstream, otherwise)
+        if source is None:
             raise ConfigurationError("upstream", params.upstream, f"one of {sorted(sources)}")
-        return Resolved(source=sources[params.upstream])
+        return Resolved(source=source)
 
-    with trio.fail_after(WAIT_S):
+    with trio.fail_after(within_s):
         async with open_supervisor(store=store, limits=streams) as supervisor, trio.open_nursery() as nursery:
             front = Front(
                 supervisor=supervisor,
@@ -103,10 +108,10 @@ async def scene(
                 access=access or WebAccess(),
                 limits=WebLimits(**limits),
             )
-            app = create_app(front, [alive(front), events.part(front), *parts])
+            app = create_app(front, [alive(front), events.part(front), *parts, *more(front)])
             server = WebServer(app, limits=front.limits)
             await nursery.start(server.run)
-            yield Scene(supervisor, server, sources)
+            yield Scene(supervisor, server, sources, app.routes)
             await supervisor.shutdown()
             nursery.cancel_scope.cancel()
 
