@@ -47,6 +47,7 @@ from supervisor.upstream import (
     tls,
     transport,
 )
+from supervisor.web.gateway import GatewayConfig, service
 from supervisor.web.server import WebLimits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,6 +81,7 @@ CLASSES: Sequence[tuple[type, str, str]] = (
     (LinkLimits, "[control.limits.link]", "One connection of the control channel, at either end"),
     (SessionLimits, "[control.limits.session]", "One client of the control channel"),
     (WebLimits, "[web.limits]", "The HTTP front"),
+    (GatewayConfig, "[gateway]", "The gateway"),
     (ClientLimits, "supervisor.control.connect(limits=…)", "The client library"),
     (
         RetentionConfig,
@@ -178,6 +180,18 @@ CONSTANTS: Sequence[tuple[str, str, object]] = (
         "How long after a request on a reused connection its silent end counts as the server's idle timeout.",
         transport.RACE_S,
     ),
+    (
+        "supervisor.web.gateway.service.MODELS_S",
+        "How long an upstream's list of models is waited for.",
+        service.MODELS_S,
+    ),
+    ("supervisor.web.gateway.service.MODELS_BYTES", "Read of it.", service.MODELS_BYTES),
+    (
+        "supervisor.web.gateway.service.ASK_S",
+        "How long the answer to a request about a response of OpenAI is waited for.",
+        service.ASK_S,
+    ),
+    ("supervisor.web.gateway.service.RESPONSE_BYTES", "Read of it.", service.RESPONSE_BYTES),
     ("supervisor.upstream.tls.MAX_SESSIONS", "TLS sessions kept to be resumed.", tls.MAX_SESSIONS),
     (
         "supervisor.upstream.tls.SESSION_S",

@@ -3,10 +3,11 @@
 from supervisor.upstream.catalog import Credential, Upstream, discover
 from supervisor.upstream.circuit import Circuit, CircuitPolicy, Circuits, CircuitStatistics
 from supervisor.upstream.retry import RetryPolicy
-from supervisor.upstream.source import HttpSource
+from supervisor.upstream.source import Answered, HttpSource
 from supervisor.upstream.transport import Exchange, StreamTransport, TransportStatistics
 
 __all__ = [
+    "Answered",
     "Circuit",
     "CircuitPolicy",
     "CircuitStatistics",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from supervisor.testing.upstream import Script, unreachable_url
 from supervisor.upstream import Credential, Upstream
 from supervisor.web.app import WebAccess
 from supervisor.web.gateway import GatewayClient, GatewayConfig, GatewayRoute
+from supervisor.web.gateway.asked import ENDPOINTS
 from tests.web.gateways import ONCE, asking_at, gateway_at, upstreams_at
 
 TWO = "sim/ok?tokens=2"
@@ -299,6 +301,21 @@ async def test_a_fallback_answers_in_the_others_place(nowhere: str) -> None:
         answer = await client.post(path, json=body)
         assert (answer.status_code, place.up.requests[-1].target) == (200, "/v1/responses")
         assert (await place.outcome()).attempts == 2
+
+
+async def test_a_request_does_not_go_in_a_circle() -> None:
+    """A gateway that is its own upstream, as after an `OPENAI_BASE_URL` too many, says so; two in a row are well."""
+    path, body = STREAMED["chat"]
+    async with gateway_at() as inner, gateway_at(upstreams=lambda _: upstreams_at(inner.here)) as outer:
+        async with outer.client() as client:
+            assert (await client.post(path, json=body)).status_code == 200
+        circle = Upstream(name="circle", base_url=f"{inner.here}/v1", retry=ONCE, proxy="direct")
+        inner.upstreams.clear()
+        inner.upstreams["circle"] = circle
+        async with outer.client() as client:
+            answer = await client.post(path, json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (508, "loop")
+        assert [info.upstream for info in inner.sup.list()] == ["circle", "openai-chat"]
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
@@ -720,3 +737,15 @@ async def test_it_is_configured_by_the_file() -> None:
         await config.check({})
     with pytest.raises(ConfigurationError, match=r"\[gateway\] routes.upstream: 'other'"):
         await parse(text.replace('upstream = "openai"', 'upstream = "other"')).check({"ACME_KEY": "key"})
+
+
+async def test_the_guides_configuration() -> None:
+    """The tables that docs/gateway.md shows are a configuration."""
+    page = (Path(__file__).parents[2] / "docs" / "gateway.md").read_text("utf-8")
+    config = parse(
+        "discover = false\n" + "\n".join(re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    )
+    assert (len(config.gateway.routes), len(config.gateway.clients)) == (2, 1)
+    await config.check({"ACME_GATEWAY_KEY": "key"})
+    for path in [*ENDPOINTS, "/v1beta/models/{model}", "/v1/models"]:
+        assert path.removeprefix("/v1") in page

@@ -27,6 +27,7 @@ from supervisor.web.gateway.apis import ANTHROPIC, GEMINI, OLLAMA, OPENAI, RESPO
 __all__ = [
     "ENDPOINTS",
     "FAMILIES",
+    "VIA",
     "Asked",
     "BadRequestError",
     "Endpoint",
@@ -57,9 +58,12 @@ _PASSED: Final = (
     b"openai-project",
     b"traceparent",
     b"tracestate",
+    b"x-stream-via",
     b"x-title",
 )
 """Headers of a client that are passed on: what the providers' APIs and OpenRouter's know, and the trace."""
+VIA: Final = "x-stream-via"
+"""Names the gateways that a request has come through, so that one which goes in a circle is noticed."""
 _ID: Final = re.compile(r"(?=[^.])[\w.:~=+@-]{1,256}", re.ASCII)
 _GOOGLE: Final = re.compile(
     r"(?P<model>[^/\x00-\x20?#].{0,255}):(?P<verb>streamGenerateContent|generateContent)"

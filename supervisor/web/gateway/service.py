@@ -10,10 +10,12 @@ and the upstream's socket is closed in that step, or it keeps on, to be read by 
 from __future__ import annotations
 
 import re
+import secrets
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Final
 
 import attrs
@@ -37,6 +39,7 @@ from supervisor.web.gateway.apis import ANTHROPIC, GEMINI, OPENAI, RESPONSES, Ap
 from supervisor.web.gateway.asked import (
     ENDPOINTS,
     FAMILIES,
+    VIA,
     Asked,
     BadRequestError,
     Endpoint,
@@ -51,10 +54,14 @@ from supervisor.web.gateway.relay import Relay, failure_here, passed_headers, se
 __all__ = ["Gateway", "gateway"]
 
 _KEY: Final = re.compile(r"[\x21-\x7e]{1,256}")
-_MODELS_BYTES: Final = 4 << 20
-_MODELS_S: Final = 5.0
-_RESPONSE_BYTES: Final = 32 << 20
-_ASK_S: Final = 60.0
+MODELS_BYTES: Final = 4 << 20
+"""Read of an upstream's list of models."""
+MODELS_S: Final = 5.0
+"""How long it is waited for, in seconds."""
+RESPONSE_BYTES: Final = 32 << 20
+"""Read of the answer to a request about a response."""
+ASK_S: Final = 60.0
+"""How long it is waited for, in seconds."""
 
 
 def gateway(
@@ -108,6 +115,8 @@ class Gateway:
     )
     """How the upstreams of streams with a key answered, for those who join one."""
     _headers: frozenset[bytes] = frozenset()
+    _id: str = attrs.field(factory=lambda: secrets.token_hex(8))
+    """What this gateway knows its own requests by, should one come back."""
 
     def __attrs_post_init__(self) -> None:
         self._headers = frozenset(name.lower().encode() for name in self.config.headers)
@@ -166,10 +175,10 @@ class Gateway:
         answered: Answered | Failure = Failure(
             status=504, code="total", message="the upstream did not answer"
         )
-        with trio.move_on_after(_ASK_S):
+        with trio.move_on_after(ASK_S):
             try:
                 answered = await ask(
-                    self.transport, upstream, asked.call(upstream), max_bytes=_RESPONSE_BYTES
+                    self.transport, upstream, self._call(asked, upstream), max_bytes=RESPONSE_BYTES
                 )
             except SupervisorError as error:
                 answered = failure_here(error)
@@ -181,7 +190,10 @@ class Gateway:
     # --- whose it is -------------------------------------------------------------------------------------------------
 
     def _tenant(self, request: Request) -> str | None:
-        """Return whose request it is. Raises BadRequestError for one that shows no key, or not the right one."""
+        """Return whose request it is. Raises BadRequestError for one that shows no key, or not the right one, or has been here."""
+        if self._id in request.headers.get(VIA, "").split(", "):
+            message = "this request has come back: an upstream's base_url leads to this gateway itself"
+            raise BadRequestError(508, "loop", message)
         offered = _offered_keys(request)
         if self.keys:
             for key, tenant in self.keys:
@@ -299,7 +311,11 @@ class Gateway:
             latest[:] = [told]
 
         source = upstream.source(
-            asked.body, transport=self.transport, circuits=self.circuits, first=asked.call, answered=answered
+            asked.body,
+            transport=self.transport,
+            circuits=self.circuits,
+            first=partial(self._call, asked),
+            answered=answered,
         )
         meta: dict[str, Any] = {"endpoint": asked.endpoint.path, "streamed": asked.streamed}
         if asked.model is not None:
@@ -319,6 +335,12 @@ class Gateway:
             if info.tenant != tenant or theirs != meta:
                 raise BadRequestError(409, "key_conflict", f"the key {key!r} is that of another request")
         return started
+
+    def _call(self, asked: Asked, upstream: Upstream) -> Call:
+        """Make the request to an upstream, with who passes it on."""
+        call = asked.call(upstream)
+        via = f"{call.headers[VIA]}, {self._id}" if VIA in call.headers else self._id
+        return attrs.evolve(call, headers={**call.headers, VIA: via})
 
     def _on_detach(self, request: Request, asked: Asked, route: GatewayRoute | None) -> OnDetach:
         mode, grace_s = self.config.on_disconnect, self.config.grace_s
@@ -378,10 +400,10 @@ class Gateway:
         headers = {"accept": "application/json"}
         if FAMILIES[upstream.dialect.name] == "anthropic":
             headers["anthropic-version"] = "2023-06-01"
-        with trio.move_on_after(_MODELS_S):
+        with trio.move_on_after(MODELS_S):
             try:
                 call = Call(method="GET", path="/models", headers=headers)
-                answered = await ask(self.transport, upstream, call, max_bytes=_MODELS_BYTES)
+                answered = await ask(self.transport, upstream, call, max_bytes=MODELS_BYTES)
                 value = msgspec.json.decode(answered.body)
             except (SupervisorError, ValueError, RecursionError):
                 return  # the others' are told
