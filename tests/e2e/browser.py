@@ -105,7 +105,7 @@ def picture(page: Page, name: str) -> None:
     page.screenshot(path=folder / f"dashboard-{name}.png")
 
 
-def violations(page: Page) -> list[tuple[str, list[str]]]:
+def violations(page: Page, within: str = "html") -> list[tuple[str, list[str]]]:
     """Return what axe-core finds wrong for people with disabilities: the rule, and where it is broken."""
-    found = Axe().run(page).response["violations"]
+    found = Axe().run(page, context=within).response["violations"]
     return [(rule["id"], [str(node["target"]) for node in rule["nodes"]]) for rule in found]
