@@ -32,7 +32,7 @@ from supervisor.control.messages import ShutdownParams, StartParams
 from supervisor.control.server import ControlServer, Resolved
 from supervisor.errors import ConfigurationError
 from supervisor.logs import ReopeningHandler
-from supervisor.observe import Figures
+from supervisor.observe import Figures, StreamLog
 from supervisor.stores import retain
 from supervisor.streams import Holder, Supervisor, open_supervisor
 from supervisor.upstream.catalog import Upstream
@@ -235,6 +235,7 @@ class _Daemon:
             )
             figures = Figures(supervisor)
             nursery.start_soon(figures.run, name="figures")
+            supervisor.observe(StreamLog())
             control = config.control
             server = ControlServer(
                 supervisor,

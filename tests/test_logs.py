@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import structlog
 
 from supervisor import Output, open_supervisor
 from supervisor.logs import ReopeningHandler, logging_to
@@ -99,3 +100,87 @@ def test_reopen(tmp_path: Path) -> None:
         "three",
         "four",
     ]
+
+
+def test_structlog_goes_the_same_way(tmp_path: Path) -> None:
+    """What structlog's loggers write has the same fields, with what was bound to them, hides secrets, and is off again afterwards."""
+    path = tmp_path / "log"
+    with logging_to(path, style="json", secrets=[SECRET]):
+        bound = structlog.get_logger("supervisor.plugin").bind(user="me", time="not ours", stream="01s")
+        with structlog.contextvars.bound_contextvars(request=7):
+            bound.warning("hello %s", "you", key=SECRET)
+            log.info("plain")
+        bound.debug("too little")
+        try:
+            int("x")
+        except ValueError:
+            bound.exception("raised")
+    told, plain, raised = map(json.loads, path.read_text().splitlines())
+    assert told.pop("time").startswith("20")
+    assert told == {
+        "level": "warning",
+        "logger": "supervisor.plugin",
+        "message": "hello you",
+        "stream": "01s",
+        "user": "me",
+        "request": 7,
+        "key": "(hidden)",
+    }
+    assert (plain["message"], plain["request"]) == ("plain", 7)
+    assert "ValueError" in raised["exception"]
+    assert not structlog.is_configured()
+
+
+def test_structlog_as_the_program_has_it(tmp_path: Path) -> None:
+    """A program that has configured structlog itself keeps what it has."""
+    written: list[str] = []
+
+    def keep(logger: object, name: str, event: dict[str, object]) -> dict[str, object]:
+        written.append(str(event["event"]))
+        raise structlog.DropEvent
+
+    structlog.configure(processors=[keep])  # type: ignore[list-item]  # a processor of a test
+    try:
+        with logging_to(tmp_path / "log"):
+            structlog.get_logger().warning("theirs")
+        assert structlog.is_configured()
+    finally:
+        structlog.reset_defaults()
+    assert (written, (tmp_path / "log").read_text()) == (["theirs"], "")
+
+
+def test_a_line_for_people(tmp_path: Path) -> None:
+    """Time, level, logger, stream, message, what else is known, and an exception below; one line whatever it is made of."""
+    path = tmp_path / "log"
+    with logging_to(path):
+        log.warning("it \x1b[31mends\n2026-01-01 ERROR forged\u2028", extra={"stream": "01a", "tries": 2})
+        log.info("stream 01a: known", extra={"stream": "01a"})
+        try:
+            local = SECRET
+            int("x")
+        except ValueError:
+            log.exception("raised", extra={"local": len(local)})
+    lines = path.read_text("utf-8").splitlines()
+    name = "supervisor.something"
+    assert lines[0][24:] == (
+        rf"WARNING {name}: stream=01a it \x1b[31mends\n2026-01-01 ERROR forged\u2028 tries=2"
+    )
+    assert lines[1][24:] == f"INFO {name}: stream 01a: known"
+    assert lines[2][24:] == f"ERROR {name}: raised local=20"
+    assert lines[3] == "Traceback (most recent call last):"
+    assert lines[-1] == "ValueError: invalid literal for int() with base 10: 'x'"
+    assert SECRET not in path.read_text()  # not by the values of locals either
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_colours_are_for_terminals(
+    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Standard error is coloured where it is a terminal, and nobody has set NO_COLOR."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if not terminal:
+        monkeypatch.setenv("NO_COLOR", "1")
+    with logging_to(None):
+        log.warning("here")
+    assert ("\x1b[33mWARNING" in capsys.readouterr().err) == terminal

@@ -6,9 +6,20 @@ are made of it. `trace` reads what happened in one stream from its journal. Open
 
 from supervisor.observe.distribution import Distribution, Percentiles
 from supervisor.observe.figures import Figures
+from supervisor.observe.logged import StreamLog
 from supervisor.observe.overview import Overview, overview
 from supervisor.observe.perfetto import chrome_trace
 from supervisor.observe.timeline import Trace
 from supervisor.observe.tracing import trace
 
-__all__ = ["Distribution", "Figures", "Overview", "Percentiles", "Trace", "chrome_trace", "overview", "trace"]
+__all__ = [
+    "Distribution",
+    "Figures",
+    "Overview",
+    "Percentiles",
+    "StreamLog",
+    "Trace",
+    "chrome_trace",
+    "overview",
+    "trace",
+]
