@@ -8,8 +8,8 @@ journal when it is taken, and the stamps are read back from the store afterwards
 - The longest time that any stream was without an event, in intervals of its own pace (1 if all come evenly); nothing is starved
   as long as that stays small. How late the upstream itself was with one event at worst is said beside it.
 - Memory per live stream beyond the socket: resident memory with all live, less that with a few, divided by the difference; at
-  the end, when the tails of the journals are full (`Limits.tail_bytes` and
-  `fold_bytes` are 16 KiB here, as who holds so many would have it).
+  the end, when the tails of the journals are full (`Limits.tail_bytes` is 16 KiB here and
+  `fold_bytes` 4, as who holds so many would have it).
 - Resident memory over time: a line is laid through its second half; the figure is that line's end divided by its beginning.
   It is judged with `--minutes 10`.
 - Cancelling all by one call, with an instrument (`trio.abc.Instrument`) that watches the loop: the longest stall, the time to the
@@ -50,8 +50,10 @@ from supervisor.upstream.catalog import Upstream
 SCRIPT = __file__
 PARTS = ("scale", "troubles")
 ROUNDS = 3
-HELD_BYTES = 16 << 10
-"""Of each stream's tail, and of its text, in memory: as who holds ten thousand would have it."""
+TAIL_BYTES = 16 << 10
+FOLD_BYTES = 4 << 10
+"""Of each stream's newest events, and of its text, in memory: as who holds ten thousand would have it. A stream is at both bounds within
+four minutes of one event a second, and has to be, to tell what grows from what fills up."""
 EVENTS_PER_S = 10_000
 MIB = 1 << 20
 LONG_S = 300.0
@@ -99,7 +101,7 @@ async def hold(
     transport, upstream = target.transport(), Upstream(name="pacer", base_url=target.base_url)
     streams: list[Stream] = []
     memory = Memory(every_s=given["window_s"] / 100)
-    limits = Limits(max_live=count, tail_bytes=HELD_BYTES, fold_bytes=HELD_BYTES)
+    limits = Limits(max_live=count, tail_bytes=TAIL_BYTES, fold_bytes=FOLD_BYTES)
     async with (
         open_supervisor(store=SQLiteStore(path), limits=limits) as sup,
         trio.open_nursery() as tending,
