@@ -28,11 +28,15 @@ CONTENT_SECURITY_POLICY: Final = (
 """What the page may do: run our own scripts, and ask the daemon it came from."""
 
 _TYPES: Final = {
-    ".css": "text/css; charset=utf-8",
-    ".html": "text/html; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "html": "text/html; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
 }
 _PAGE: Final = "index.html"
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 @attrs.frozen
@@ -45,7 +49,7 @@ class _File:
     @classmethod
     def of(cls, name: str, body: bytes) -> _File:
         headers = {
-            "content-type": _TYPES[name[name.rindex(".") :]],
+            "content-type": _TYPES[_suffix(name)],
             "cache-control": "no-cache",  # kept, but asked about: an upgrade shows at once
             "etag": f'"{hashlib.sha256(body).hexdigest()[:32]}"',
             "content-security-policy": CONTENT_SECURITY_POLICY,
@@ -62,7 +66,11 @@ class _File:
 def dashboard() -> Part:
     """Return the page, at `/`, and its files, under `/static/`. They are read now, once."""
     folder = resources.files("supervisor.web") / "static"
-    files = {entry.name: _File.of(entry.name, entry.read_bytes()) for entry in folder.iterdir()}
+    files = {
+        entry.name: _File.of(entry.name, entry.read_bytes())
+        for entry in folder.iterdir()
+        if _suffix(entry.name) in _TYPES  # not what an editor may have left there
+    }
     page = files.pop(_PAGE)
     routes = [Route("/", page.respond)]
     routes.extend(Route(f"/static/{name}", file.respond) for name, file in sorted(files.items()))

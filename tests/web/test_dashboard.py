@@ -68,7 +68,10 @@ def test_the_parts_fit() -> None:
     assert len(ids) == len(set(ids))
     for name, text in SCRIPTS.items():
         assert set(re.findall(r'byId\("([^"]+)"\)', text)) <= set(ids), name
-    assert set(re.findall(r'<label for="([^"]+)"|href="#(icon-[^"]+)"', PAGE)) <= {("", name) for name in ids}
+    referred = re.findall(r'\b(?:aria-labelledby|aria-describedby|list|href)="#?([^"/]+)"', PAGE)
+    assert set(referred) <= set(ids)
+    for dialog in re.findall(r"<dialog[^>]*>", PAGE):
+        assert "aria-labelledby=" in dialog
 
 
 def test_every_state_has_one_of_five_words() -> None:

@@ -45,7 +45,7 @@ async function takeTurn() {
   hurried = false;
   try {
     const jobs = [streams.refresh(table.visible), detail.refresh()];
-    if (turn % OVERVIEW_EVERY === 0) jobs.push(api.overview().then(showOverview));
+    if (turn % OVERVIEW_EVERY === 0) jobs.push(api.overview().then(overviewCame));
     await Promise.all(jobs);
     turn += 1;
     good();
@@ -56,6 +56,11 @@ async function takeTurn() {
   empty();
   turning = false;
   schedule(hurried ? 0 : failures ? WAITS_MS[Math.min(failures, WAITS_MS.length) - 1] : TURN_MS);
+}
+
+function overviewCame(told) {
+  showOverview(told);
+  streams.noteEnded(told.total.ended);
 }
 
 function schedule(wait) {

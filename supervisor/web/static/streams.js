@@ -2,7 +2,7 @@
 //
 // A list answers with at most 500 streams, so the live ones are gone through page by page, one a turn, over and over; where they
 // take more than one page, every other turn looks at the newest, so that what has just been started shows at once. Ended streams
-// change no more: the newest are asked for now and then, older ones when somebody asks. A stream that was live and is in the list
+// change no more: the newest are asked for when more have ended, older ones when somebody asks. A stream that was live and is in the list
 // of the live no more has ended: it is asked for by itself, a few a turn, and beyond that it is let go of.
 
 import * as api from "./api.js";
@@ -11,7 +11,6 @@ import { ended, statesOf } from "./words.js";
 const PAGE = 500;
 const ENDED_PAGE = 100;
 const OLDER_PAGE = 200;
-const ENDED_EVERY = 5; // turns
 const ASKED_PER_TURN = 20;
 const KEPT = 12_000; // rows; beyond it the ended that were seen longest ago go
 const RATE_OVER_S = 4;
@@ -25,6 +24,7 @@ export class Streams {
     this.vanished = new Set();
     this.wanted = null; // states of the ended to ask for; null: all
     this.endedDue = true;
+    this.endedNumber = 0;
     this.oldest = new Map(); // by what was wanted, where older ones follow
   }
 
@@ -36,15 +36,22 @@ export class Streams {
     this.endedDue = true;
   }
 
+  /** Take note of how many have ended, by state and reason: when it is another number, the newest are asked for. */
+  noteEnded(ended) {
+    const number = Object.values(ended).flatMap(Object.values).reduce((sum, one) => sum + one, 0);
+    if (number !== this.endedNumber) this.endedDue = true;
+    this.endedNumber = number;
+  }
+
   /** Whether older ended streams than those known can be asked for. */
   get hasOlder() {
     return this.oldest.get(String(this.wanted)) !== null;
   }
 
-  /** One turn: a page of the live, now and then the newest of the ended, those that have just ended. */
+  /** One turn: a page of the live, the newest of the ended if there are more, those that have just ended. */
   async refresh(visible = []) {
     const jobs = [this.sweepOn()];
-    if (this.endedDue || this.turn % ENDED_EVERY === 0) {
+    if (this.endedDue) {
       this.endedDue = false;
       jobs.push(this.askEnded());
     }
