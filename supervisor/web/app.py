@@ -45,13 +45,14 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from supervisor.control.auth import Access, Token
-from supervisor.control.rpc import ErrorMessage, RpcError, error_for
+from supervisor.control.messages import StreamParams
+from supervisor.control.rpc import ErrorMessage, RpcError, error_for, read_params
 from supervisor.control.server import Resolve
 from supervisor.errors import AuthenticationError, SupervisorError
 from supervisor.streams import Supervisor
 from supervisor.web.server import WebLimits
 
-__all__ = ["Front", "Part", "WebAccess", "alive", "answer", "create_app", "problem", "route"]
+__all__ = ["Front", "Part", "WebAccess", "alive", "answer", "create_app", "problem", "route", "which"]
 
 _log = logging.getLogger("supervisor.web")
 
@@ -215,6 +216,13 @@ def route(path: str, **by_method: Endpoint) -> Route:
         return await by_method["GET" if request.method == "HEAD" else request.method](request)
 
     return Route(path, endpoint, methods=list(by_method))
+
+
+def which(request: Request) -> StreamParams:
+    """Return the stream that a path names: by its id, or as `key:KEY`. Raises RpcError."""
+    named: str = request.path_params["id"]
+    key = named.removeprefix("key:")
+    return read_params(msgspec.Raw(_encode({"id": named} if key == named else {"key": key})), StreamParams)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------

@@ -38,7 +38,6 @@ from supervisor.control.messages import (
     EventMessage,
     ListParams,
     StartParams,
-    StreamParams,
     SubscribeParams,
 )
 from supervisor.control.notifications import (
@@ -52,7 +51,7 @@ from supervisor.control.rpc import RpcError, error_for, read_params
 from supervisor.errors import GapError, SupervisorError
 from supervisor.stores import Event
 from supervisor.streams import Cursor, Stream, Subscription
-from supervisor.web.app import Front, Part, answer, route
+from supervisor.web.app import Front, Part, answer, route, which
 
 __all__ = ["EventStream", "part"]
 
@@ -84,25 +83,28 @@ def part(front: Front) -> Part:
         return answer(await answers.list_streams(supervisor, _list_params(request)))
 
     async def get(request: Request) -> Response:
-        return answer(await answers.get(supervisor, _which(request)))
+        return answer(await answers.get(supervisor, which(request)))
 
     async def snapshot(request: Request) -> Response:
-        return answer(await answers.snapshot(supervisor, _which(request)))
+        return answer(await answers.snapshot(supervisor, which(request)))
 
     async def events(request: Request) -> Response:
         params = _subscribe_params(request)
-        stream = await supervisor.find(params.id)
+        stream = await supervisor.find(params.id, key=params.key)
         return await EventStream.opened(front, stream, params, head=request.method == "HEAD")
 
     async def cancel(request: Request) -> Response:
         given = _object(await request.body())
         if "id" in request.path_params:
-            given["id"] = request.path_params["id"]
+            for name in given.keys() & {"id", "key", "labels", "all"}:
+                raise RpcError("invalid_params", f"{name}: the path says which stream", field=name)
+            given |= msgspec.to_builtins(which(request))
         params = read_params(msgspec.Raw(_encode(given)), CancelParams)
         return answer(await answers.cancel(supervisor, params, actor=_ACTOR))
 
     async def delete(request: Request) -> Response:
-        params = CancelParams(id=_which(request).id, mode="abort")
+        named = which(request)
+        params = CancelParams(id=named.id, key=named.key, mode="abort")
         return answer(await answers.cancel(supervisor, params, actor=_ACTOR))
 
     async def health(_: Request) -> Response:
@@ -128,10 +130,6 @@ def part(front: Front) -> Part:
 
 
 # --- what is asked ---------------------------------------------------------------------------------------------------
-
-
-def _which(request: Request) -> StreamParams:
-    return read_params(msgspec.Raw(_encode({"id": request.path_params["id"]})), StreamParams)
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -165,7 +163,7 @@ def _list_params(request: Request) -> ListParams:
 
 def _subscribe_params(request: Request) -> SubscribeParams:
     """Read what to watch; a `Last-Event-ID` wins over `after`. Raises RpcError."""
-    given: dict[str, Any] = {"id": request.path_params["id"]}
+    given: dict[str, Any] = msgspec.to_builtins(which(request))
     for name, value in _query(request, {"after", "view", "max_behind"}):
         given[name] = _number(value) if name == "max_behind" else value
     last = request.headers.get("last-event-id", "")

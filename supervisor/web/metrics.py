@@ -19,11 +19,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from supervisor.control import answers
-from supervisor.control.messages import StreamParams
 from supervisor.observe import Figures, overview
 from supervisor.observe.figures import Counts, Histograms
 from supervisor.version import version
-from supervisor.web.app import Front, Part, answer
+from supervisor.web.app import Front, Part, answer, which
 
 __all__ = ["Exposition", "part", "ready"]
 
@@ -49,7 +48,7 @@ def part(front: Front, figures: Figures) -> Part:
 
     async def told_trace(request: Request) -> Response:
         async with tracing:
-            return answer(await answers.trace(front.supervisor, StreamParams(id=request.path_params["id"])))
+            return answer(await answers.trace(front.supervisor, which(request)))
 
     return Part(
         routes=[

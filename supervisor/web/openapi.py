@@ -89,6 +89,14 @@ class Operation:
     open: bool = False
 
 
+_NAME = {"type": "string", "minLength": 1, "maxLength": 256}
+_ID = {
+    "name": "id",
+    "in": "path",
+    "required": True,
+    "description": "The stream's id, or `key:KEY`.",
+    "schema": {**_NAME, "pattern": "^(?!key:$)"},
+}
 _AFTER = {
     "name": "after",
     "description": "From where on: `start`, `tail` (only what is new), `snapshot` (first the answer so far), or a position, `EPOCH-SEQ`.",
@@ -109,7 +117,6 @@ _BEHIND = {
     "schema": {"type": "integer", "minimum": 1, "maximum": 1_000_000},
 }
 _STATES = ("pending", "connecting", "streaming", "stopping", "completed", "failed", "cancelled", "expired")
-_NAME = {"type": "string", "minLength": 1, "maxLength": 256}
 _FILTER: Sequence[Mapping[str, Any]] = (
     {
         "name": "state",
@@ -282,7 +289,7 @@ def document() -> dict[str, Any]:
         told = paths.setdefault(operation.path, {})
         told[operation.method] = _operation(operation, by_type)
         if "{id}" in operation.path:
-            told["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": _NAME}]
+            told["parameters"] = [_ID]
     return {
         "openapi": "3.1.0",
         "info": {

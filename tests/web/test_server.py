@@ -150,6 +150,27 @@ async def test_an_error_is_one_clients_own(caplog: pytest.LogCaptureFixture) -> 
     assert "another mistake of ours" in caplog.text
 
 
+async def test_what_nobody_expected_ends_one_connection(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception out of a connection itself is caught, counted and logged; the listener and the others go on."""
+    async with serving(echo) as server, Client.of(server) as other:
+        assert (await other.ask("GET", "/one")).body == b"/one"
+        with monkeypatch.context() as patched:
+
+            async def fail(connection: object) -> None:
+                raise ValueError("a mistake in the connection")
+
+            patched.setattr("supervisor.web.server._Connection._read", fail)
+            async with Client.of(server) as client:
+                assert await client.closed() == b""
+        assert (await other.ask("GET", "/two")).body == b"/two"
+        async with Client.of(server) as another:
+            assert (await another.ask("GET", "/three")).body == b"/three"
+        assert server.statistics().crashes == 1
+    assert "a mistake in the connection" in caplog.text
+
+
 async def test_there_is_no_way_out_of_http_1() -> None:
     """An upgrade to WebSocket or HTTP/2 is ignored; HTTP/2's own preface is refused."""
     async with serving(echo) as server:
