@@ -15,6 +15,7 @@ that looks like the secret itself is refused without showing its value.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 import re
 import tomllib
@@ -49,6 +50,7 @@ __all__ = [
     "RetentionConfig",
     "ShutdownConfig",
     "StoreConfig",
+    "TelemetryConfig",
     "TokenSource",
     "WebConfig",
     "default_store_path",
@@ -255,6 +257,21 @@ class LogConfig:
 
 
 @attrs.frozen(kw_only=True)
+class TelemetryConfig:
+    """`[telemetry]`: what is sent to others. Metrics are not: they are fetched, from `/metrics`."""
+
+    spans: Literal["otlp"] | None = None
+    """`otlp`: an OpenTelemetry span for each stream and attempt, sent over HTTP to where the environment says
+    (`OTEL_EXPORTER_OTLP_ENDPOINT`, …). Needs the extra `stream-supervisor[otel]`."""
+
+    def check(self) -> None:
+        """Raise ConfigurationError where the extra is wanted and not there."""
+        if self.spans is not None and not _is_installed("opentelemetry.exporter.otlp.proto.http"):
+            expected = "one for which the extra is installed: pip install stream-supervisor[otel]"
+            raise ConfigurationError("spans", self.spans, expected)
+
+
+@attrs.frozen(kw_only=True)
 class Config:
     """Everything a daemon is told. `Config()` is a daemon that runs with no file at all."""
 
@@ -265,6 +282,7 @@ class Config:
     retention: RetentionConfig = attrs.field(factory=RetentionConfig)
     shutdown: ShutdownConfig = attrs.field(factory=ShutdownConfig)
     log: LogConfig = attrs.field(factory=LogConfig)
+    telemetry: TelemetryConfig = attrs.field(factory=TelemetryConfig)
     limits: Limits = attrs.field(factory=Limits)
     memory: MemoryPolicy = attrs.field(factory=MemoryPolicy)
     deadlines: Deadlines = attrs.field(factory=Deadlines)
@@ -285,8 +303,10 @@ class Config:
 
     async def check(self, environ: Mapping[str, str]) -> None:
         """Raise ConfigurationError, naming the file and the table, for what a daemon would refuse when it starts to listen."""
-        where = _Where(self.source, ("control",))
+        where = _Where(self.source, ("telemetry",))
         try:
+            self.telemetry.check()
+            where = _Where(self.source, ("control",))
             read = self.control.token.read(environ)
             token = None if read is None else Token(read)
             await require_safe_address(self.control.host, token)
@@ -297,6 +317,13 @@ class Config:
                 self.gateway.check(self.all_upstreams(environ), environ)
         except ConfigurationError as error:
             raise ConfigurationError(where.field(error.field), error.value, error.expected) from None
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def default_store_path(environ: Mapping[str, str]) -> Path:

@@ -226,6 +226,7 @@ class _Daemon:
                 memory=config.memory,
                 circuits=self._circuits.report,
             ) as supervisor,
+            self._spans(supervisor),
             trio.open_nursery() as nursery,
         ):
             idle = self._transport.idle
@@ -272,6 +273,18 @@ class _Daemon:
         """Remove from the store what retention no longer keeps, until cancelled."""
         policy = self._config.retention
         await retain(self._store, policy, every_s=policy.sweep_every_s)
+
+    @contextlib.asynccontextmanager
+    async def _spans(self, supervisor: Supervisor) -> AsyncIterator[None]:
+        """Send spans for the length of a block, if that is asked for."""
+        if self._config.telemetry.spans is None:
+            yield
+            return
+        from supervisor.observe.spans import otlp_spans  # noqa: PLC0415  # needs an extra
+
+        async with otlp_spans() as spans:
+            supervisor.observe(spans)
+            yield
 
     @contextlib.asynccontextmanager
     async def _provider(self) -> AsyncIterator[None]:
