@@ -23,7 +23,7 @@ from tests.e2e.processes import TOKEN, WAIT_S, Daemon, simulated_upstream, start
 
 Start = Callable[..., str]
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
-WELL = ["done", "cut", "late", "stopped", "waiting", "going"]
+STREAMS = ["done", "cut", "late", "stopped", "halted", "waiting", "going"]
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +169,7 @@ def test_the_words_for_states(browser: Browser, daemon: Daemon, api: httpx.Clien
         "cut": "sim/no-marker",
         "late": "sim/stall?after=1",
         "stopped": "sim/endless",
+        "halted": "sim/endless",
         "waiting": "sim/silent",
         "going": "sim/endless",
     }
@@ -180,12 +181,13 @@ def test_the_words_for_states(browser: Browser, daemon: Daemon, api: httpx.Clien
             labels={"set": "words"},
             deadlines={"idle_s": 0.2} if key == "late" else {},
         )
-        for key in WELL
+        for key in STREAMS
     }
-    api.post(f"/streams/{ids['stopped']}/cancel", json={})
+    for key in ("stopped", "halted"):
+        api.post(f"/streams/{ids[key]}/cancel", json={})
     with opened(browser, daemon.http, token=TOKEN) as page:
         filter_by(page, "set=words")
-        expect_rows(page, set(WELL))
+        expect_rows(page, set(STREAMS))
         expect(page.locator("tr[data-word=error]")).to_have_count(2)
         expect(page.locator("tr[data-word=streaming]")).to_have_count(1)
         assert words(page) == {
@@ -193,25 +195,32 @@ def test_the_words_for_states(browser: Browser, daemon: Daemon, api: httpx.Clien
             "cut": "error",
             "late": "error",
             "stopped": "cancelled",
+            "halted": "cancelled",
             "waiting": "idle",
             "going": "streaming",
         }
         expect(page.locator("tr", has_text="cut").locator(".c-state")).to_have_text("errorfailed(truncated)")
         expect(page.locator("tr", has_text="late").locator(".c-state")).to_have_text("errorexpired(idle)")
 
-        for word, names in {"error": {"cut", "late"}, "live": {"waiting", "going"}, "all": set(WELL)}.items():
+        for word, names in {
+            "error": {"cut", "late"},
+            "live": {"waiting", "going"},
+            "all": set(STREAMS),
+        }.items():
             page.locator(f"#words input[value={word}]").check()
             expect_rows(page, names)
 
         heading = page.get_by_role("columnheader", name="Stream", exact=True)
         heading.get_by_role("button").click()
         names = page.locator("#rows a").all_text_contents()
-        assert names == sorted(WELL)
+        assert names == sorted(STREAMS)
         expect(heading).to_have_attribute("aria-sort", "ascending")
 
         # The figures at the head are the daemon's.
         hour = api.get("/overview").json()["hour"]
-        assert hour["ended"]["cancelled"] >= 1
+        errors = hour["ended"]["failed"] + hour["ended"]["expired"]
+        assert len({errors, *hour["ended"].values()}) > 1
+        expect(page.locator("#success-of")).to_have_text(f"{errors} errors")
         expect(page.locator("#success-foot")).to_contain_text(
             f"{hour['ended']['cancelled']} cancelled, not counted"
         )

@@ -6,7 +6,7 @@ import { Reader } from "./reader.js";
 import { Streams } from "./streams.js";
 import { TextPane } from "./text.js";
 import { showTimeline } from "./timeline.js";
-import { bytes, count, duration, ended, modelOf, nameOf, stateDetail, when, wordOf } from "./words.js";
+import { bytes, count, duration, ended, modelOf, nameOf, shortened, stateDetail, when, wordOf } from "./words.js";
 
 const TRACE_EVERY_MS = 2000;
 const TRACE_SHARE = 20; // a trace that takes long to make is asked for less often: at most so much of the time
@@ -183,7 +183,7 @@ export class Detail {
 
   line(row) {
     const { stream } = row;
-    const told = [stateDetail(stream), stream.upstream, modelOf(stream)].filter(Boolean);
+    const told = [stateDetail(stream), stream.upstream, shortened(modelOf(stream))].filter(Boolean);
     told.push(ended(stream) ? `took ${duration(stream.age_s)}` : `since ${duration(stream.age_s + Streams.passed(row))}`);
     if (stream.idle_s >= 1) told.push(`silent ${duration(stream.idle_s)}`);
     if (stream.outcome?.message) told.push(stream.outcome.message);
@@ -197,6 +197,7 @@ export class Detail {
       Key: stream.key,
       Tenant: stream.tenant,
       Labels: Object.entries(stream.labels ?? {}).map(([name, value]) => `${name}=${value}`).join(", "),
+      Model: shortened(modelOf(stream), 300),
       Dialect: stream.dialect,
       Started: when(stream.created_at),
       Ended: stream.ended_at == null ? null : when(stream.ended_at),

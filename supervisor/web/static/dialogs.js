@@ -2,14 +2,14 @@
 
 import * as api from "./api.js";
 import { byId, setText } from "./elements.js";
-import { duration, nameOf, wordOf } from "./words.js";
+import { duration, modelOf, nameOf, shortened, wordOf } from "./words.js";
 
 /** Ask whether to stop a stream; resolves to the daemon's answer, or to null if it is kept. */
 export function confirmStop(stream) {
   const dialog = byId("cancel-dialog");
   const yes = byId("cancel-yes");
   const reason = byId("cancel-reason");
-  const from = [stream.upstream, stream.meta?.model].filter(Boolean).join(" · ");
+  const from = [stream.upstream, shortened(modelOf(stream))].filter(Boolean).join(" · ");
   setText(byId("cancel-what"), `${nameOf(stream)} — ${from ? `${from}, ` : ""}${wordOf(stream.state)} for ${duration(stream.age_s)}`);
   setText(byId("cancel-wrong"), "");
   reason.value = "";

@@ -4,6 +4,8 @@ import { Chart } from "./charts.js";
 import { arrange, byId, make, setAttribute, setText, show } from "./elements.js";
 import { bytes, compact, count, duration, percent, plural, rate, second } from "./words.js";
 
+const ERRORS = 6; // as many as fit beside the table
+
 const charts = {};
 
 function chart(name, kind, names, foot) {
@@ -26,7 +28,7 @@ export function showOverview(told) {
   showTimes(told, "took", told.hour.duration_s, "duration", "Duration");
   showEvents(told);
   showMemory(told);
-  showErrors(told.hour.errors);
+  showErrors(told.hour.errors.slice(0, ERRORS));
   showCircuits(told.circuits);
   showTotals(told.total);
 }
@@ -128,7 +130,7 @@ function showErrors(errors) {
 
 function errorItem(error) {
   const what = `${error.state}(${error.reason})`;
-  const rest = [error.kind, error.upstream].filter(Boolean).join(" · ");
+  const rest = [error.kind !== error.reason && error.kind, error.upstream].filter(Boolean).join(" · ");
   return make(
     "li",
     {},
@@ -139,12 +141,13 @@ function errorItem(error) {
 }
 
 function showCircuits(circuits) {
-  const names = Object.keys(circuits).sort();
+  const rank = (name) => ["open", "half_open", "closed"].indexOf(circuits[name].state);
+  const names = Object.keys(circuits).sort((one, other) => rank(one) - rank(other) || (one < other ? -1 : 1));
   const box = byId("circuits");
   if (!changed(box, circuits)) return;
   const items = names.map((name) => {
     const { state, failures, successes, opened, refused, trial_in_s: trial } = circuits[name];
-    const told = [`${compact(successes)} good`, `${compact(failures)} failed, of late`];
+    const told = [`of late ${compact(successes)} good, ${compact(failures)} failed`];
     if (opened) told.push(`opened ${count(opened)}×`);
     if (refused) told.push(`refused ${count(refused)}`);
     if (trial != null) told.push(`tried again in ${duration(trial)}`);

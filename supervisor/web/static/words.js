@@ -44,6 +44,11 @@ export function modelOf(stream) {
   return typeof model === "string" ? model : "";
 }
 
+/** The beginning of what may be long. */
+export function shortened(text, characters = 60) {
+  return text.length <= characters ? text : `${text.slice(0, characters - 1)}…`;
+}
+
 /** What to call a stream in a sentence. */
 export function nameOf(stream) {
   return stream.key ?? stream.id;
@@ -72,10 +77,12 @@ export function rate(value) {
   return value < 9.95 ? value.toFixed(1) : compact(Math.round(value));
 }
 
-/** Seconds as the two units that matter: 350 ms, 4.2 s, 3 m 20 s, 2 h 05 m, 3 d 4 h. */
+/** Seconds as the two units that matter: 350 ms, 4.2 s, 3 m 20 s, 2 h 05 m, 3 d 4 h. No line is broken within. */
 export function duration(seconds) {
-  if (seconds == null) return NOTHING;
-  if (seconds < 0) return `−${duration(-seconds)}`;
+  return seconds == null ? NOTHING : unbroken(inUnits(seconds));
+}
+
+function inUnits(seconds) {
   if (seconds < 0.9995) return `${Math.round(seconds * 1000)} ms`;
   if (seconds < 9.95) return `${seconds.toFixed(1)} s`;
   const whole = Math.round(seconds);
@@ -87,7 +94,11 @@ export function duration(seconds) {
 
 /** A duration that was chosen, without what is zero in it: 2 m, 1 h. */
 export function limit(seconds) {
-  return seconds == null ? "off" : duration(seconds).replace(/ 00? [smh]$/, "");
+  return seconds == null ? "off" : unbroken(inUnits(seconds).replace(/ 00? [smh]$/, ""));
+}
+
+function unbroken(text) {
+  return text.replaceAll(" ", "\u00a0");
 }
 
 function two(value) {
@@ -105,14 +116,14 @@ export function bytes(value) {
     size /= 1024;
     unit += 1;
   }
-  return `${unit === 0 || size >= 99.5 ? Math.round(size) : size.toFixed(1)} ${UNITS[unit]}`;
+  return unbroken(`${unit === 0 || size >= 99.5 ? Math.round(size) : size.toFixed(1)} ${UNITS[unit]}`);
 }
 
 /** A share of one as percent; never 100 % unless it is all, never 0 % unless it is none. */
 export function percent(share) {
   if (share == null) return NOTHING;
-  if (share === 0 || share === 1) return `${share * 100} %`;
-  return `${Math.min(99.9, Math.max(0.1, share * 100)).toFixed(1)} %`;
+  if (share === 0 || share === 1) return unbroken(`${share * 100} %`);
+  return unbroken(`${Math.min(99.9, Math.max(0.1, share * 100)).toFixed(1)} %`);
 }
 
 const clock = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
