@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import trio
@@ -11,7 +14,7 @@ import trio.testing
 from supervisor.streams import Output
 from supervisor.web import events
 from tests.e2e.browser import chromium
-from tests.web.scene import Scene, scene
+from tests.web.scene import Scene, scene, ten
 from tests.wire.whatwg import interpret
 
 PAGE = """
@@ -25,6 +28,7 @@ PAGE = """
 })
 """
 CUTS = 3
+PAGE_OF_DOCS = Path(__file__).resolve().parents[2] / "docs" / "http.md"
 
 
 def read_in_a_browser(front: Scene, stream_id: str) -> dict[str, object]:
@@ -78,22 +82,21 @@ async def test_a_browser_reads_on_over_lost_connections_and_stops_at_the_end(
 
 
 async def test_curl_is_enough() -> None:
-    """With curl alone a stream is started, read to its end, found in the list and cancelled."""
+    """With the commands of docs/http.md, as they stand there, a stream is started, read to its end and cancelled."""
     assert shutil.which("curl"), "curl is needed"
+    commands = re.findall(r"^curl .*$", PAGE_OF_DOCS.read_text("utf-8"), re.MULTILINE)
+    assert len(commands) == 3
+    said = []
     async with scene() as front:
-        base = f"http://127.0.0.1:{front.server.ports[0]}"
-
-        async def curl(*arguments: str) -> bytes:
+        front.sources["simulated"] = ten
+        for command in commands:
+            base = f"http://127.0.0.1:{front.server.ports[0]}"
+            words = shlex.split(command.replace("http://127.0.0.1:7434", base))
             done = await trio.run_process(
-                ["curl", "--silent", "--show-error", "--fail", "--max-time", "10", "--no-buffer", *arguments],
-                capture_stdout=True,
+                [*words, "--silent", "--show-error", "--fail", "--max-time", "10"], capture_stdout=True
             )
-            return bytes(done.stdout)
-
-        started = await curl("--json", '{"upstream": "ten", "prompt": "Hi", "key": "k"}', f"{base}/streams")
-        assert b'"created":true' in started
-        stream_id = front.supervisor.get_by_key("k").id
-        found = interpret(await curl(f"{base}/streams/{stream_id}/events?view=text"))
-        assert [event.event for event in found.events] == ["text", "outcome"]
-        assert stream_id.encode() in await curl(f"{base}/streams?key=k")
-        assert b'"already_terminal"' in await curl("-X", "POST", f"{base}/streams/{stream_id}/cancel")
+            said.append(done.stdout)
+    started, read, cancelled = said
+    assert b'"created":true' in started
+    assert [event.event for event in interpret(read).events] == ["text", "outcome"]
+    assert b'"already_terminal"' in cancelled

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -23,9 +25,10 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from supervisor.config import parse
 from supervisor.observe import Figures
 from supervisor.web import metrics, openapi
-from supervisor.web.app import Front, Part
+from supervisor.web.app import STATUS, Front, Part
 from supervisor.web.openapi import OPERATIONS, Operation, document
 from tests.web.scene import scene, ten
 
@@ -123,3 +126,24 @@ async def test_the_document_has_every_route() -> None:
         }
         assert served == {(operation.path, operation.method) for operation in OPERATIONS}
         assert (await front.ask("GET", "/openapi.json")).json == json.loads(json.dumps(document()))
+
+
+def test_the_page_has_every_path_and_every_kind_of_error() -> None:
+    """docs/http.md lists the same paths and statuses, and its configuration can be read."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "http.md").read_text("utf-8")
+    listed = page.partition("## What there is")[2].partition("\n## ")[0]
+    cells = [row.split("|")[1] for row in listed.splitlines() if row.startswith("| `")]
+    paths = {path for cell in cells for path in re.findall(r"(/[a-z{}/._]+)", cell)}
+    assert paths == {operation.path for operation in OPERATIONS}
+    table = page.partition("| status | kinds |")[2].partition("\n## ")[0]
+    told = {
+        (status, kind)
+        for row in re.findall(r"^\| ([0-9, ]+) \| (.*) \|$", table, re.MULTILINE)
+        for status in row[0].split(", ")
+        for kind in re.findall(r"`([a-z_]+)`", row[1].replace("`field`", ""))
+    }
+    assert {kind for _, kind in told} == {*STATUS, "too_many_connections"}
+    for kind, status in STATUS.items():
+        assert (str(status), kind) in told
+    (toml,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert parse(toml).web.hosts == ("streams.example.org",)
