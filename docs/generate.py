@@ -30,6 +30,7 @@ from supervisor.config import Config, RetentionConfig, ShutdownConfig, described
 from supervisor.control import SUBPROTOCOL, ClientLimits, ControlLimits, LinkLimits, SessionLimits
 from supervisor.dialects import BUILTIN, PRESETS, Dialect, FaultKind, faults
 from supervisor.dialects.reading import BodyReader
+from supervisor.observe import figures, timeline, tracing
 from supervisor.stores import Keep, MemoryStore
 from supervisor.stores.sqlite import SQLiteStore
 from supervisor.streams import spec
@@ -47,6 +48,7 @@ from supervisor.upstream import (
     tls,
     transport,
 )
+from supervisor.web import metrics
 from supervisor.web.gateway import GatewayConfig, service
 from supervisor.web.server import WebLimits
 
@@ -162,6 +164,39 @@ CONSTANTS: Sequence[tuple[str, str, object]] = (
         "supervisor.streams.supervisor.MAX_DIALECTS",
         "Dialects remembered that sources brought, beside those built in and given to the supervisor.",
         MAX_DIALECTS,
+    ),
+    (
+        "supervisor.observe.figures.MAX_VALUES",
+        "Values of one label of a metric that keep their names.",
+        figures.MAX_VALUES,
+    ),
+    (
+        "supervisor.observe.figures.MAX_CHILDREN",
+        "Combinations of labels of one metric.",
+        figures.MAX_CHILDREN,
+    ),
+    (
+        "supervisor.observe.tracing.MAX_END_EVENTS",
+        "Events that a trace reads from either end of a journal.",
+        tracing.MAX_END_EVENTS,
+    ),
+    ("supervisor.observe.tracing.MAX_END_BYTES", "And bytes.", tracing.MAX_END_BYTES),
+    (
+        "supervisor.observe.timeline.MAX_ENDS",
+        "Attempts that a trace tells from either end.",
+        timeline.MAX_ENDS,
+    ),
+    (
+        "supervisor.observe.timeline.MAX_STALLS",
+        "Stalls that it tells, the longest.",
+        timeline.MAX_STALLS,
+    ),
+    ("supervisor.observe.timeline.MAX_MARKS", "Notes and the like that it tells.", timeline.MAX_MARKS),
+    ("supervisor.observe.timeline.MAX_STEPS", "Steps of its timeline.", timeline.MAX_STEPS),
+    (
+        "supervisor.web.metrics.MAX_TRACES",
+        "Traces made for HTTP at a time; the others wait.",
+        metrics.MAX_TRACES,
     ),
     ("supervisor.upstream.source.MAX_REQUEST_BYTES", "A request's body.", source.MAX_REQUEST_BYTES),
     (

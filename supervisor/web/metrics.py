@@ -27,7 +27,8 @@ from supervisor.web.app import Front, Part, answer, which
 __all__ = ["Exposition", "part", "ready"]
 
 _PREFIX = "stream_supervisor_"
-_TRACES = 4  # made at the same time; the others wait
+MAX_TRACES = 4
+"""Traces made at a time; the others wait."""
 _STATES = ("closed", "half_open", "open")
 
 
@@ -36,7 +37,7 @@ def part(front: Front, figures: Figures) -> Part:
     registry = CollectorRegistry()
     registry.register(Exposition(figures))
     ProcessCollector(registry=registry)
-    tracing = trio.CapacityLimiter(_TRACES)
+    tracing = trio.CapacityLimiter(MAX_TRACES)
 
     async def metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
