@@ -312,6 +312,25 @@ def test_a_hidden_page_lets_go_and_goes_on(browser: Browser, daemon: Daemon, api
         assert text_of(page) == snapshot_text(api, stream_id)
 
 
+def test_what_is_no_text(browser: Browser, daemon: Daemon, api: httpx.Client) -> None:
+    """Reasoning is shown while there is no text yet; tool calls once the answer is whole; and of a stream that is not there, that."""
+    thinking = start(api, "sim/stall?at_event=4&reasoning=Let+me+think", key="thinking")
+    calling = start(
+        api, "sim/ok?reasoning=A+tool+will+do&tool=weather&tool_arguments=%7B%22city%22%3A%22Paris%22%7D"
+    )
+    missing = "the server responded with a status of 404"
+    with opened(browser, daemon.http, token=TOKEN, place=f"#/streams/{thinking}", allowed=[missing]) as page:
+        expect(page.locator("#thoughts-text")).to_be_visible()
+        expect(page.locator("#thoughts-text")).to_have_text("Let me think")
+        page.evaluate("id => { location.hash = `#/streams/${id}` }", calling)
+        expect(page.locator("#calls-text")).to_have_text('weather({"city":"Paris"})')
+        expect(page.locator("#thoughts-text")).to_have_text("A tool will do")
+        page.evaluate("location.hash = '#/streams/nobody'")
+        expect(page.locator("#detail-said")).to_have_text("There is no such stream: it has been removed.")
+        expect(page.locator("#calls")).to_be_hidden()
+    api.delete(f"/streams/{thinking}")
+
+
 def hide(page: Page, *, hidden: bool) -> None:
     page.evaluate(
         "hidden => { Object.defineProperty(document, 'hidden', { value: hidden, configurable: true });"

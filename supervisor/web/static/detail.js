@@ -35,6 +35,7 @@ export class Detail {
     if (this.id === id) return;
     this.leave();
     this.id = id;
+    this.gone = false;
     this.trace = null;
     this.traceDue = 0;
     this.outcomeTold = false;
@@ -86,6 +87,7 @@ export class Detail {
       lost: () => this.say("The connection is lost; the text goes on where it was once it is back."),
       found: () => this.say(""),
       failed: (error) => {
+        this.gone = error.status === 404;
         this.say(error.status === 404 ? "There is no such stream: it has been removed." : error.message);
         this.onProblem(error);
       },
@@ -97,14 +99,29 @@ export class Detail {
     this.traceDue = 0;
     try {
       await this.streams.ask(id);
-      const snapshot = await api.snapshot(id); // what is no text (reasoning, tool calls) does not come as it is made
-      if (this.id === id) this.asides(snapshot);
+      await this.askAsides(id);
     } catch (error) {
-      if (error.unreachable || error.unauthenticated) this.onProblem(error);
+      this.onProblem(error);
     }
     if (this.id === id) {
       this.update();
       await this.refreshTrace();
+    }
+  }
+
+  /** Whether it is not known to have ended. */
+  isLive() {
+    const row = this.streams.rows.get(this.id);
+    return !row || !ended(row.stream);
+  }
+
+  /** Show what is no text as it is now: reasoning and tool calls. */
+  async askAsides(id) {
+    try {
+      const snapshot = await api.snapshot(id);
+      if (this.id === id) this.asides(snapshot);
+    } catch (error) {
+      if (error.unreachable || error.unauthenticated) throw error;
     }
   }
 
@@ -114,6 +131,7 @@ export class Detail {
   }
 
   aside(name, text) {
+    if (text !== "" && byId(name).hidden) byId(name).open = this.text.empty;
     show(byId(name), text !== "");
     setText(byId(`${name}-text`), text);
   }
@@ -126,12 +144,13 @@ export class Detail {
   /** One turn: what is known of the stream, and now and then its trace. */
   async refresh() {
     const id = this.id;
-    if (id === null) return;
-    const row = this.streams.rows.get(id);
-    if (!row || !ended(row.stream)) await this.streams.ask(id);
+    if (id === null || this.gone) return;
+    if (this.isLive()) await this.streams.ask(id);
     if (this.id !== id) return;
     this.update();
     await this.refreshTrace();
+    // Reasoning does not come as it is made; while there is nothing else to see, it is asked for.
+    if (this.id === id && this.isLive() && this.text.empty && this.streams.rows.get(id)?.stream.events > 0) await this.askAsides(id);
   }
 
   async refreshTrace() {

@@ -217,7 +217,10 @@ class RowView {
     this.upstream = make("span");
     this.model = make("small");
     this.button = make("button", { type: "button", class: "quiet" }, "Stop");
-    this.button.addEventListener("click", () => table.onStop(table.streams.rows.get(id).stream));
+    this.button.addEventListener("click", () => {
+      const row = table.streams.rows.get(id);
+      if (row) table.onStop(row.stream);
+    });
     const cell = (name, label, ...children) => make("td", { role: "cell", class: `c-${name}`, "data-label": label }, ...children);
     this.cells = Object.fromEntries(COLUMNS.slice(3).map(({ name, title }) => [name, cell(name, title)]));
     this.element = make(

@@ -24,6 +24,11 @@ export class TextPane {
     });
   }
 
+  /** Whether there is no text. */
+  get empty() {
+    return this.chars === 0 && this.waiting === "";
+  }
+
   /** Forget everything. */
   clear() {
     clearTimeout(this.timer);
