@@ -20,6 +20,7 @@ ours, for what must hold of it here:
 from __future__ import annotations
 
 import logging
+import os
 from collections import OrderedDict
 from typing import Any, NoReturn
 
@@ -43,6 +44,7 @@ _log = logging.getLogger("supervisor.web")
 
 _READ_BYTES = 1 << 16
 _LINGER_BYTES = 1 << 20
+_IN_A_ROW_BYTES = 256 << 10
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\n"
     b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
@@ -324,6 +326,8 @@ class _Connection:
         self._sending = trio.Lock()
         self._begun = False
         """Whether something of the next request has arrived."""
+        self._in_a_row = 0
+        """Bytes sent since anybody else had a turn."""
         self._dead = False
         """Whether there is no point in sending."""
 
@@ -409,11 +413,28 @@ class _Connection:
             self.reading.cancel(reason="the protocol has ended the connection")
 
     async def _write(self, data: bytes) -> None:
+        """Send a piece of an answer: at once what the socket takes at once, which spares a task switch; the rest in `send_s`."""
+        sent = 0
+        if not self._sending.locked():
+            try:
+                sent = os.write(self._transport.socket.fileno(), data)  # trio's own `send` is a checkpoint
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._break()
+                return
+            if sent == len(data):
+                self._in_a_row += sent
+                if self._in_a_row > _IN_A_ROW_BYTES:
+                    self._in_a_row = 0
+                    await trio.lowlevel.checkpoint()
+                return
+        self._in_a_row = 0
         async with self._sending:
             whole = False
             try:
                 with trio.fail_after(self.limits.send_s):
-                    await self._transport.send_all(data)
+                    await self._transport.send_all(memoryview(data)[sent:])
                 whole = True
             except trio.TooSlowError:
                 self.server.counts.stalled += 1
@@ -421,8 +442,11 @@ class _Connection:
                 pass
             finally:
                 if not whole:  # what has been cut short cannot be gone on with
-                    self._dead = True
-                    self.reading.cancel(reason="nothing can be sent")
+                    self._break()
+
+    def _break(self) -> None:
+        self._dead = True
+        self.reading.cancel(reason="nothing can be sent")
 
     async def _serve(
         self,

@@ -258,6 +258,50 @@ async def test_a_client_that_takes_nothing_is_dropped() -> None:
         assert server.statistics().stalled == 1
 
 
+async def test_nothing_follows_a_piece_that_was_cut_short() -> None:
+    """After a piece that was not taken whole in time nothing more is sent, or a client that reads on would take it for the rest."""
+    sent = trio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * (16 << 20), "more_body": True})
+        await send({"type": "http.response.body", "body": b"the second piece", "more_body": True})
+        sent.set()
+        await send({"type": "http.response.body", "body": b"the last piece"})
+
+    async with serving(app, send_s=0.05) as server, Client.of(server, receive_buffer=4096) as client:
+        await client.send(GET)
+        await sent.wait()
+        client.stream.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_RCVBUF, 1 << 20)
+        said = await client.closed()
+        assert len(said) < 16 << 20
+        assert b"piece" not in said
+
+
+async def test_an_endless_answer_leaves_the_others_their_turn() -> None:
+    """While one client takes all that it can get at once, others are answered."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] != "/endless":
+            await echo(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while True:
+            await send({"type": "http.response.body", "body": b"x" * 1000, "more_body": True})
+
+    async with (
+        serving(app, leave_s=0.01) as server,
+        Client.of(server) as greedy,
+        Client.of(server) as other,
+        trio.open_nursery() as nursery,
+    ):
+        await greedy.send(b"GET /endless HTTP/1.1\r\nhost: x\r\n\r\n")
+        nursery.start_soon(greedy.cut_short)
+        for number in range(10):
+            assert (await other.ask("GET", f"/{number}")).body == b"/%d" % number
+        nursery.cancel_scope.cancel()
+
+
 async def test_what_follows_a_request_is_the_next_one() -> None:
     """Bytes after a whole request are read as a request of their own: refused, and never part of the one before."""
     async with serving(echo) as server, Client.of(server) as client:
