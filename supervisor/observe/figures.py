@@ -241,7 +241,7 @@ class Figures:
         minute.retried += outcome.attempts > 1
         minute.duration_s.add(outcome.duration_s)
         minute.events.add(outcome.events)
-        nbytes = stream.info().journal_bytes
+        nbytes = stream.journal_bytes
         if nbytes is not None:
             self.bytes_by.add((about.upstream,), nbytes)
             minute.bytes.add(nbytes)

@@ -21,7 +21,8 @@ class StreamLog:
 
     def started(self, stream: Stream) -> None:
         """Log a start."""
-        _log.debug("started", extra=_fields(stream))
+        if _log.isEnabledFor(logging.DEBUG):  # else nothing is made for it
+            _log.debug("started", extra=_fields(stream))
 
     def attempted(self, stream: Stream, record: Mapping[str, Any]) -> None:
         """Log a further attempt, and why there has to be one."""
@@ -31,14 +32,17 @@ class StreamLog:
 
     def began(self, stream: Stream) -> None:
         """Log a first event."""
-        first_s = round(stream.first_event_s or 0.0, 3)
-        _log.debug("the answer has begun", extra=_fields(stream, {"first_event_s": first_s}))
+        if _log.isEnabledFor(logging.DEBUG):
+            first_s = round(stream.first_event_s or 0.0, 3)
+            _log.debug("the answer has begun", extra=_fields(stream, {"first_event_s": first_s}))
 
     def ended(self, stream: Stream, outcome: Outcome | None) -> None:
         """Log an ending; one that was lost has been logged as an error."""
         if outcome is None:
             return
         level = logging.INFO if outcome.state in (State.FAILED, State.EXPIRED) else logging.DEBUG
+        if not _log.isEnabledFor(level):
+            return
         more = {
             "actor": outcome.actor,
             "duration_s": round(outcome.duration_s, 3),

@@ -197,6 +197,11 @@ class Stream:
         """The last event readers may see; 0 if none."""
         return self._journal.visible_seq
 
+    @property
+    def journal_bytes(self) -> int | None:
+        """What its journal comes to: payloads, names and text; None if that is not known any more, after a restart."""
+        return self._journal.total_bytes
+
     def info(self) -> StreamInfo:
         """Describe the stream at this moment."""
         return describe(
