@@ -97,7 +97,7 @@ async def gateway_at(
             circuits=Circuits().of,
             environ=environ or {},
         )
-        async with serving(create_app(front, [part])) as server:
+        async with serving(create_app(front, [part]), leave_s=60) as server:
             yield Place(up=up, sup=sup, server=server, upstreams=made)
         await sup.shutdown()
 

@@ -13,17 +13,19 @@ import attrs
 import httpx
 import pytest
 import trio
+import trio.testing
 
 from supervisor.config import parse
 from supervisor.control.auth import Token
-from supervisor.dialects import find
+from supervisor.dialects import Fault, find
 from supervisor.errors import ConfigurationError
-from supervisor.streams import Limits
+from supervisor.streams import Deadlines, Limits, Outcome, State
 from supervisor.testing.upstream import Script, unreachable_url
-from supervisor.upstream import Credential, Upstream
+from supervisor.upstream import Credential, RetryPolicy, Upstream
 from supervisor.web.app import WebAccess
 from supervisor.web.gateway import GatewayClient, GatewayConfig, GatewayRoute
 from supervisor.web.gateway.asked import ENDPOINTS
+from supervisor.web.gateway.relay import failure_of
 from tests.web.gateways import ONCE, asking_at, gateway_at, upstreams_at
 
 TWO = "sim/ok?tokens=2"
@@ -309,7 +311,7 @@ async def test_a_request_does_not_go_in_a_circle() -> None:
     async with gateway_at() as inner, gateway_at(upstreams=lambda _: upstreams_at(inner.here)) as outer:
         async with outer.client() as client:
             assert (await client.post(path, json=body)).status_code == 200
-        circle = Upstream(name="circle", base_url=f"{inner.here}/v1", retry=ONCE, proxy="direct")
+        circle = Upstream(name="circle", base_url=f"{outer.here}/v1", retry=ONCE, proxy="direct")
         inner.upstreams.clear()
         inner.upstreams["circle"] = circle
         async with outer.client() as client:
@@ -393,6 +395,55 @@ async def test_a_whole_answer_is_sent_whole_or_not_at_all() -> None:
             assert (answer.content == cut) == (status == 200)
 
 
+async def test_a_whole_answer_need_not_say_that_it_has_ended() -> None:
+    """A response that is only queued is an answer, too: what is whole is told by the body's end."""
+    queued = b'{"id":"resp_1","object":"response","status":"queued","output":[],"error":null}'
+    path, body = WHOLE["background"]
+    script = Script(body=queued, content_type="application/json")
+    async with gateway_at(respond=lambda _: script) as place, place.client() as client:
+        answer = await client.post(path, json=body)
+        assert (answer.status_code, answer.content) == (200, queued)
+
+
+async def test_a_whole_answer_has_clocks_of_its_own() -> None:
+    """It says nothing until it is complete: the first event of a stream is waited for less long."""
+    clocks, slow = Deadlines(first_event_s=0.02, idle_s=0.02), "sim/ok?head_after_s=0.1"
+    async with gateway_at(deadlines=clocks) as place, place.client() as client:
+        path, body = with_model(*STREAMED["chat"], slow)
+        answer = await client.post(path, json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "first_event")
+        assert (await client.post(path, json={**body, "stream": False})).status_code == 200
+
+
+async def test_what_was_sent_is_not_taken_back() -> None:
+    """An upstream that may be asked anew is not, once something was passed on; before that it is."""
+    policy = RetryPolicy(
+        attempts=3, wait_initial_s=0, wait_max_s=0, resume=("sequence", "continuation", "restart")
+    )
+
+    def patient(url: str) -> dict[str, Upstream]:
+        return upstreams_at(url, retry=policy)
+
+    path, body = STREAMED["chat"]
+    async with gateway_at(upstreams=patient) as place, place.client() as client:
+        answer = await client.post(path, json={**body, "model": "sim/drop?after=2&times=1"})
+        assert error_of(answer.content)["error"]["code"] == "truncated"
+        assert place.up.request_count == 1
+        answer = await client.post(path, json={**body, "model": "sim/500?times=1"})
+        assert answer.content.endswith(b"data: [DONE]\n\n")
+        assert place.up.request_count == 3
+
+
+async def test_an_answers_own_headers_are_passed_on() -> None:
+    """Request ids and what is said of rate limits come with an answer, streamed or whole; cookies and accounts do not."""
+    headers = (("x-request-id", "r1"), ("x-ratelimit-remaining-tokens", "9"), ("openai-organization", "ours"))
+
+    async with gateway_at(respond=lambda _: Script(headers=headers)) as place, place.client() as client:
+        for path, body in (STREAMED["chat"], WHOLE["chat"]):
+            answer = await client.post(path, json=body)
+            assert [answer.headers.get(name) for name, _ in headers] == ["r1", "9", None]
+
+
 async def test_a_json_answer_to_a_request_for_a_stream() -> None:
     """An upstream that answers with one JSON value, though asked for a stream, is passed on as that."""
     path, body = with_model(*STREAMED["chat"], "sim/json?tokens=2")
@@ -407,11 +458,13 @@ MISTAKES = {
     "no object": (CHAT, b"[]", {}, 400),
     "deep": (CHAT, b'{"a":' + b"[" * 100_000, {}, 400),
     "no model": (CHAT, b"{}", {}, 400),
+    "a long model": (CHAT, b'{"model":"%b"}' % (b"m" * 513), {}, 400),
     "a number for a model": ("/v1/messages", b'{"model":3}', {}, 400),
     "encoded": (CHAT, b"\x1f\x8b", {"content-encoding": "gzip"}, 415),
     "an odd verb": ("/v1beta/models/m:countTokens", b"{}", {}, 404),
     "a way out": ("/v1beta/models/..%2F..%2Fadmin:generateContent", b"{}", {}, 404),
-    "another way out": ("/v1/responses/..%2Fmodels/cancel", b"", {}, 404),
+    "another way out": ("/v1/responses/%2E%2E/cancel", b"", {}, 404),
+    "more than an id": ("/v1/responses/a%3Fb/cancel", b"", {}, 404),
     "a bad key": (CHAT, b'{"model":"m"}', {"x-stream-key": "a b"}, 400),
     "a bad policy": (CHAT, b'{"model":"m"}', {"x-stream-on-disconnect": "maybe"}, 400),
 }
@@ -424,7 +477,7 @@ async def test_mistakes_are_told_in_the_providers_shape(mistake: str) -> None:
     async with gateway_at() as place, place.client() as client:
         answer = await client.post(path, content=body, headers=headers)
         assert answer.status_code == status
-        assert mistake == "another way out" or answer.json()["error"]["message"]
+        assert answer.json()["error"]["message"]
         assert place.up.request_count == 0
 
 
@@ -504,6 +557,8 @@ async def test_what_has_no_comments_is_silent() -> None:
             answer = await client.post(slow[0], json=slow[1])
             assert answer.status_code == 200
             assert not answer.content.startswith((b":", b"\n"))
+            late = with_model(path, body, "sim/500?head_after_s=0.02")
+            assert (await client.post(late[0], json=late[1])).status_code == 500
 
 
 # --- keys and leaving ------------------------------------------------------------------------------------------------
@@ -521,14 +576,53 @@ async def test_a_key_joins_the_same_answer() -> None:
             second.headers["content-type"],
         )
         assert (first.headers["x-stream-id"], place.up.request_count) == (second.headers["x-stream-id"], 1)
-        refused = {**body, "model": "sim/404"}
-        for _ in range(2):  # also an error
-            answer = await client.post(path, json=refused, headers={"x-stream-key": "k2"})
-            assert (answer.status_code, answer.json()["error"]["message"]) == (404, "simulated Not Found")
+        for status in (500, 200, 200):  # what failed before its first event is no answer
+            again = {**body, "model": "sim/500?times=1"}
+            answer = await client.post(path, json=again, headers={"x-stream-key": "k2"})
+            assert answer.status_code == status
         for other_path, other in (WHOLE["chat"], STREAMED["messages"], (path, {**body, "model": "m"})):
             conflict = await client.post(other_path, json=other, headers=headers)
             assert conflict.status_code == 409
-        assert place.up.request_count == 2
+        assert place.up.request_count == 3
+
+
+async def test_who_joins_sees_the_upstreams_own_refusal() -> None:
+    """Two requests of one key, made before the upstream refuses, both get its answer, in its words and with its headers."""
+    headers = {"x-stream-key": "k"}
+    path, body = with_model(*STREAMED["chat"], "sim/429?head_after_s=0.05&retry_after=7&message=slow")
+    answers: list[httpx.Response] = []
+    async with gateway_at() as place, place.client() as client:
+
+        async def ask() -> None:
+            answers.append(await client.post(path, json=body, headers=headers))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            nursery.start_soon(ask)
+        assert place.up.request_count == 1
+        assert {(one.status_code, one.headers["retry-after"], one.content) for one in answers} == {
+            (429, "7", answers[0].content)
+        }
+        assert answers[0].json()["error"]["message"] == "slow"
+
+
+def test_a_refusal_is_told_from_the_outcome_alone() -> None:
+    """Where the upstream's own answer is not known any more, its status and words are those of the outcome."""
+    fault = Fault(kind="rate_limit", message="slow", code="busy", status=429, temporary=True, retry_after_s=7)
+    outcome = Outcome(
+        id="s",
+        key=None,
+        state=State.FAILED,
+        reason="http_status",
+        fault=fault,
+        last_seq=1,
+        started_at=0,
+        ended_at=1,
+    )
+    told = failure_of(outcome)
+    assert (told.status, told.code, told.message, told.retry_after_s) == (429, "busy", "slow", 7)
+    redirected = attrs.evolve(outcome, fault=Fault(kind="invalid_request", message="to http://x", status=302))
+    assert (failure_of(redirected).status, "http" in failure_of(redirected).message) == (502, False)
 
 
 async def test_a_key_is_its_tenants() -> None:
@@ -588,6 +682,7 @@ async def test_what_becomes_of_an_answer_whose_client_has_left(policy: str) -> N
             assert (await stream.wait()).reason == "detached"
             await place.up.wait_open(0)
         else:
+            await trio.testing.wait_all_tasks_blocked(0.02)  # whatever would end it has had its turn
             assert stream.state == "streaming"
             assert len(place.up.open_connections) == 1
 
@@ -595,23 +690,23 @@ async def test_what_becomes_of_an_answer_whose_client_has_left(policy: str) -> N
 # --- what OpenAI keeps -----------------------------------------------------------------------------------------------
 
 
+def first_and_chat(url: str) -> dict[str, Upstream]:
+    chat = upstreams_at(url)["openai-chat"]
+    return {
+        "first": attrs.evolve(chat, name="first", base_url=f"{url}/first/v1"),
+        "chat": attrs.evolve(chat, name="chat"),
+    }
+
+
 async def test_a_response_is_asked_of_the_upstream_that_made_it() -> None:
     """Reading on, looking, cancelling: at the upstream that has it, for the tenant whose it is, in the upstream's words."""
-
-    def two(url: str) -> dict[str, Upstream]:
-        chat = upstreams_at(url)["openai-chat"]
-        return {
-            "first": attrs.evolve(chat, name="first", base_url=f"{url}/first/v1"),
-            "chat": attrs.evolve(chat, name="chat"),
-        }
-
     config = GatewayConfig(
         routes=(GatewayRoute(models=("sim/*",), upstream="chat"), GatewayRoute(upstream="first")),
         clients=tuple(GatewayClient(tenant=name, key_env=name) for name in ("a", "b")),
     )
     environ = {"a": "key-a", "b": "key-b"}
     async with (
-        gateway_at(upstreams=two, config=config, environ=environ) as place,
+        gateway_at(upstreams=first_and_chat, config=config, environ=environ) as place,
         place.client(headers={"x-api-key": "key-a"}) as client,
     ):
         path, body = STREAMED["responses"]
@@ -645,10 +740,16 @@ async def test_a_response_is_asked_of_the_upstream_that_made_it() -> None:
 async def test_the_responses_remembered_are_bounded() -> None:
     """Of more responses than are remembered, the oldest are asked for where any could have been made."""
     path, body = STREAMED["responses"]
-    async with gateway_at(config=GatewayConfig(max_responses=2)) as place, place.client() as client:
+    config = GatewayConfig(
+        max_responses=2,
+        routes=(GatewayRoute(models=("sim/*",), upstream="chat"), GatewayRoute(upstream="first")),
+    )
+    async with gateway_at(upstreams=first_and_chat, config=config) as place, place.client() as client:
         for _ in range(3):
             assert (await client.post(path, json=body)).status_code == 200
-        assert (await client.get(f"{path}/resp_sim00000001")).status_code == 200
+        for number, base in ((1, "/first"), (2, ""), (3, "")):
+            await client.get(f"{path}/resp_sim0000000{number}")
+            assert place.up.requests[-1].target == f"{base}{path}/resp_sim0000000{number}"
 
 
 async def test_the_models_of_all_upstreams_are_listed_once(nowhere: str) -> None:

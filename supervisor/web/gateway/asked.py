@@ -64,6 +64,8 @@ _PASSED: Final = (
 """Headers of a client that are passed on: what the providers' APIs and OpenRouter's know, and the trace."""
 VIA: Final = "x-stream-via"
 """Names the gateways that a request has come through, so that one which goes in a circle is noticed."""
+MAX_MODEL_CHARS: Final = 512
+"""The longest name of a model."""
 _ID: Final = re.compile(r"(?=[^.])[\w.:~=+@-]{1,256}", re.ASCII)
 _GOOGLE: Final = re.compile(
     r"(?P<model>[^/\x00-\x20?#].{0,255}):(?P<verb>streamGenerateContent|generateContent)"
@@ -73,8 +75,10 @@ _GOOGLE: Final = re.compile(
 class BadRequestError(Exception):
     """A request that cannot be understood, or not be served; `failure` is what its client is told."""
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(self, status: int, code: str, message: str, *, unread: bool = False) -> None:
         super().__init__(message)
+        self.unread = unread
+        """Whether the request's body was not read: then its connection cannot be used again."""
         self.failure = Failure(status=status, code=code, message=message, again=False)
 
 
@@ -141,6 +145,8 @@ def read(endpoint: Endpoint, scope: Mapping[str, Any], body: bytes, *, headers: 
     if not isinstance(known.model, str) or not known.model:
         raise BadRequestError(400, "missing_model", "the request names no model: `model` has to be a string")
     model = known.model
+    if len(model) > MAX_MODEL_CHARS:
+        raise BadRequestError(400, "model", f"a model's name has at most {MAX_MODEL_CHARS} characters here")
     always = endpoint.dialect.framing == "ndjson"  # Ollama's API streams unless it is told not to
     streamed = known.stream is not False if always else known.stream is True
     passed = _passed(scope, headers, endpoint, streamed=streamed)

@@ -110,6 +110,14 @@ def failure_of(outcome: Outcome) -> Failure:
         status = _FAULT_STATUSES.get(fault.kind, 502)
     else:
         status = _STATUSES.get(outcome.reason, 502)
+    if outcome.reason == "http_status" and fault is not None and (fault.status or 0) >= 400:
+        return Failure(
+            status=fault.status or 502,
+            code=fault.code or outcome.reason,
+            message=fault.message,
+            retry_after_s=fault.retry_after_s,
+            again=fault.temporary,
+        )
     ended = f"the answer ended as {outcome.state.value}({outcome.reason})"
     message = _TOLD.get(outcome.reason) or outcome.message or ended
     if outcome.state is State.CANCELLED:
@@ -219,14 +227,6 @@ class Relay:
                     await self._break_off(Failure(status=502, code="protocol", message=message))
                     return True
                 self._take(event.name, kept, parts)
-            elif kind == "withdrawn":
-                self._held = None
-                parts.clear()
-                if self._framing is not None:
-                    message = "the answer was withdrawn by the supervisor, which has begun it anew; ask again"
-                    await self._break_off(Failure(status=502, code="withdrawn", message=message))
-                    return True
-                self._events = 0
             elif kind == "outcome":
                 await self._flush(parts)
                 self.on_events()
@@ -328,7 +328,7 @@ class Relay:
             last = b"" if self._framing != "json-array" else b"]" if self._events else b"[]"
             await self.send({"type": "http.response.body", "body": last})
         else:
-            await self._break_off(failure_of(outcome))
+            await self._break_off(failure_of(outcome), refused=outcome.reason == "http_status")
 
     def _tells_error(self) -> bool:
         """Whether the last event is itself what says that it went wrong."""
@@ -344,13 +344,13 @@ class Relay:
         except (ValueError, RecursionError):
             return False
 
-    async def _break_off(self, failure: Failure) -> None:
-        """End an answer that is not whole: by a status, or, if the head has been sent, by an event."""
+    async def _break_off(self, failure: Failure, *, refused: bool = False) -> None:
+        """End an answer that is not whole: by a status, or, if the head has been sent, by an event. `refused`: by an HTTP error."""
         failure = attrs.evolve(failure, stream_id=self.stream.id)
         if self._framing is None:
             answered = self.answered()
             headers = [(b"x-stream-id", self.stream.id.encode()), *passed_headers(answered)]
-            if failure.code == "http_status" and answered is not None and answered.framing is None:
+            if refused and answered is not None and answered.framing is None:
                 await send_answered(self.send, answered, headers)
             else:
                 await send_failure(self.send, self.api, failure, headers)

@@ -28,8 +28,8 @@ from starlette.types import Receive, Scope, Send
 
 from supervisor.control.auth import Token
 from supervisor.dialects import Call
-from supervisor.errors import SupervisorError
-from supervisor.streams import Deadlines, OnDetach, Started, Stream
+from supervisor.errors import SupervisorError, UnknownStreamError
+from supervisor.streams import Deadlines, OnDetach, Started, State, Stream
 from supervisor.upstream.attempt import Transport, ask
 from supervisor.upstream.catalog import Upstream
 from supervisor.upstream.ladder import Breaker
@@ -193,7 +193,7 @@ class Gateway:
         """Return whose request it is. Raises BadRequestError for one that shows no key, or not the right one, or has been here."""
         if self._id in request.headers.get(VIA, "").split(", "):
             message = "this request has come back: an upstream's base_url leads to this gateway itself"
-            raise BadRequestError(508, "loop", message)
+            raise BadRequestError(508, "loop", message, unread=True)
         offered = _offered_keys(request)
         if self.keys:
             for key, tenant in self.keys:
@@ -206,11 +206,12 @@ class Gateway:
             if token is not None and any(token.matches(one) for one in offered):
                 return None
         message = "no key that this gateway knows was given" if offered else "a key is required"
-        raise BadRequestError(401, "invalid_api_key", message)
+        raise BadRequestError(401, "invalid_api_key", message, unread=True)
 
     async def _body(self, request: Request) -> bytes:
         if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
-            raise BadRequestError(415, "content_encoding", "the body has to be sent as it is, not encoded")
+            message = "the body has to be sent as it is, not encoded"
+            raise BadRequestError(415, "content_encoding", message, unread=True)
         return await request.body()
 
     # --- where it goes -----------------------------------------------------------------------------------------------
@@ -323,7 +324,7 @@ class Gateway:
         started = supervisor.start_nowait(
             source,
             key=key,
-            on_conflict="attach",
+            on_conflict="replace" if key is not None and self._came_to_nothing(key, tenant) else "attach",
             on_detach=self._on_detach(request, asked, chosen.route),
             deadlines=self._deadlines(asked, upstream),
             meta=meta,
@@ -335,6 +336,14 @@ class Gateway:
             if info.tenant != tenant or theirs != meta:
                 raise BadRequestError(409, "key_conflict", f"the key {key!r} is that of another request")
         return started
+
+    def _came_to_nothing(self, key: str, tenant: str | None) -> bool:
+        """Whether the stream of a key failed before its first event: then the same request again is no second one."""
+        try:
+            info = self.front.supervisor.get_by_key(key).info()
+        except UnknownStreamError:
+            return False
+        return info.state is State.FAILED and not info.events and info.tenant == tenant
 
     def _call(self, asked: Asked, upstream: Upstream) -> Call:
         """Make the request to an upstream, with who passes it on."""
@@ -438,7 +447,8 @@ class _Endpoint:
         try:
             await self.serve(request, send)
         except BadRequestError as error:
-            await send_failure(send, api, error.failure)
+            closing = [(b"connection", b"close")] if error.unread else []
+            await send_failure(send, api, error.failure, closing)
         except ClientDisconnect:
             pass
         except HTTPException as error:  # of the body, which is too large or does not come
