@@ -114,7 +114,7 @@ class Trace(_Told, frozen=True, kw_only=True):
     started_at: float
     ended: bool
     duration_ms: float
-    """Until its end, or until now."""
+    """Until its end, or until now; of an interrupted stream until its last event, for nobody knows more."""
     first_event_ms: float | None
     deadlines: dict[str, float | None]
     """The clocks that it runs by; null: turned off."""

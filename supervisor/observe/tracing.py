@@ -6,6 +6,7 @@ Of a very long one only so much from either end is read. Who traces a stream is 
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import attrs
@@ -13,7 +14,7 @@ import attrs
 from supervisor.errors import GapError
 from supervisor.observe.timeline import Timeline, Trace, TraceRange
 from supervisor.stores import Event
-from supervisor.streams import Stream
+from supervisor.streams import Stream, StreamInfo
 
 __all__ = ["MAX_END_BYTES", "MAX_END_EVENTS", "trace"]
 
@@ -21,7 +22,7 @@ MAX_END_EVENTS = 50_000
 """Events read from either end of a journal."""
 MAX_END_BYTES = 32 << 20
 """Bytes read from either end of a journal, but for its last page."""
-_PAGE = 1024
+_PAGE = 512  # events between two turns of others: about a millisecond
 
 
 async def trace(stream: Stream) -> Trace:
@@ -29,7 +30,7 @@ async def trace(stream: Stream) -> Trace:
     info = stream.info()
     outcome = info.outcome
     last_seq = info.tail_seq
-    duration_s = outcome.duration_s if outcome is not None else max(0.0, time.time() - info.created_at)
+    duration_s = max(0.0, await _ended_at(stream, info) - info.created_at)
     reading = _Reading(stream, Timeline(started_at=info.created_at, duration_ms=duration_s * 1000), last_seq)
     await reading.run()
     timeline = reading.timeline
@@ -66,6 +67,19 @@ async def trace(stream: Stream) -> Trace:
         outcome=outcome,
         left_out=tuple(reading.left_out),
     )
+
+
+async def _ended_at(stream: Stream, info: StreamInfo) -> float:
+    """Return when a stream ended: if a crash interrupted it, when its last event came, for nobody knows more; if it is live, now."""
+    if info.outcome is None:
+        return time.time()
+    if info.outcome.reason == "interrupted":
+        with contextlib.suppress(GapError):
+            last = [
+                event.at for event in await stream.page(max(0, info.tail_seq - 2)) if event.kind != "outcome"
+            ]
+            return last[0] if last else info.created_at
+    return info.outcome.ended_at
 
 
 class _Reading:

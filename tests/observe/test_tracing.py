@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 import tracemalloc
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from supervisor import Deadlines, Limits, MemoryStore, Outcome, Output, SQLiteStore, open_supervisor
 from supervisor.observe import Trace, chrome_trace, trace, tracing
 from supervisor.observe.timeline import MAX_ENDS, MAX_MARKS, MAX_STALLS, MAX_STEPS, Timeline
-from supervisor.stores import Event
+from supervisor.stores import Event, StoredStream
 
 START = 1_700_000_000.0
 
@@ -198,6 +199,26 @@ async def test_of_a_stream_live_and_after_the_fact(tmp_path):
     assert isinstance(read.outcome, Outcome)
     async with open_supervisor(store=SQLiteStore(tmp_path / "s.db")) as sup:
         assert await trace(await sup.find(stream_id)) == told
+
+
+@pytest.mark.parametrize("events", [0, 3])
+async def test_of_one_that_a_crash_interrupted(tmp_path, events):
+    """It lasted until its last event, however long the process was down: only that is known of it."""
+    path = tmp_path / "s.db"
+    store = SQLiteStore(path)
+    created = time.time() - 3600
+    head = msgspec.json.encode({"key": None, "dialect": "native"})
+    async with trio.open_nursery() as nursery:
+        await nursery.start(store.run)
+        store.create(StoredStream(id="01a", key=None, created_at=created, head=head))
+        told = [Event(1, seq, created + seq, "data", b'{"text":"a"}') for seq in range(1, events + 1)]
+        store.append("01a", told)
+        await store.wait_durable("01a", events)
+        await store.aclose()
+    async with open_supervisor(store=SQLiteStore(path)) as sup:
+        told = await trace(await sup.find("01a"))
+    assert (told.state, told.reason, told.ended) == ("failed", "interrupted", True)
+    assert (told.events, told.duration_ms, told.outcome.duration_s > 3000) == (events, events * 1000, True)
 
 
 async def test_of_one_whose_history_is_gone():
