@@ -44,9 +44,8 @@ async function takeTurn() {
   turning = true;
   hurried = false;
   try {
-    const jobs = [streams.refresh(table.visible), detail.refresh()];
-    if (turn % OVERVIEW_EVERY === 0) jobs.push(api.overview().then(overviewCame));
-    await Promise.all(jobs);
+    const overview = turn % OVERVIEW_EVERY === 0 ? api.overview().then(overviewCame) : Promise.resolve();
+    await Promise.all([detail.refresh(), overview.finally(() => streams.refresh(table.visible))]);
     turn += 1;
     good();
   } catch (error) {
