@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
+from urllib.parse import quote
 
 import attrs
 import httpx
@@ -27,6 +28,63 @@ BASES = {
     "ollama": "",
 }
 """What an upstream of a dialect has for the path of its base URL."""
+
+
+# --- what is asked ---------------------------------------------------------------------------------------------------
+
+TWO = "sim/ok?tokens=2"
+CHAT = "/v1/chat/completions"
+
+
+def google(model: str, verb: str) -> str:
+    return f"/v1beta/models/{quote(model, safe='')}:{verb}"
+
+
+def asked(path: str, model: str = TWO, **more: Any) -> tuple[str, dict[str, Any]]:
+    """Return a path and a body that suits it."""
+    if path.startswith("google"):
+        return google(model, path.partition(" ")[2]), {"contents": [], **more}
+    return path, {"model": model, "messages": [], "prompt": "", "input": "", **more}
+
+
+STREAMED = {
+    "chat": asked(CHAT, stream=True),
+    "completions": asked("/v1/completions", stream=True),
+    "responses": asked("/v1/responses", stream=True),
+    "messages": asked("/v1/messages", stream=True),
+    "google events": asked("google streamGenerateContent?alt=sse"),
+    "google array": asked("google streamGenerateContent"),
+    "ollama chat": asked("/api/chat"),
+    "ollama generate": asked("/api/generate"),
+}
+WHOLE = {
+    "chat": asked(CHAT, stream=False),
+    "completions": asked("/v1/completions"),
+    "responses": asked("/v1/responses"),
+    "background": asked("/v1/responses", background=True),
+    "messages": asked("/v1/messages"),
+    "google": asked("google generateContent"),
+    "ollama chat": asked("/api/chat", stream=False),
+    "ollama generate": asked("/api/generate", stream=False),
+}
+
+
+def with_model(path: str, body: dict[str, Any], model: str) -> tuple[str, dict[str, Any]]:
+    """Ask the same of another model."""
+    if "/models/" in path:
+        return path.replace(quote(TWO, safe=""), quote(model, safe="")), body
+    return path, {**body, "model": model}
+
+
+def error_of(answer: bytes) -> Any:
+    """Return the JSON of the last event of an answer, however it is framed."""
+    text = answer.decode().strip()
+    if text.startswith("["):
+        return json.loads(text)[-1]
+    return json.loads(text.splitlines()[-1].removeprefix("data: "))
+
+
+# --- where it is asked -----------------------------------------------------------------------------------------------
 
 
 @attrs.define(kw_only=True)

@@ -1,12 +1,9 @@
-"""The gateway over a socket: what reaches the upstream, what comes back, and whose it is."""
+"""The gateway over a socket: what reaches the upstream, and what comes back, byte for byte; what goes wrong, and silence."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import attrs
@@ -15,70 +12,23 @@ import pytest
 import trio
 import trio.testing
 
-from supervisor.config import parse
-from supervisor.control.auth import Token
-from supervisor.dialects import Fault, find
-from supervisor.errors import ConfigurationError
+from supervisor.dialects import Fault
 from supervisor.streams import Deadlines, Limits, Outcome, State
 from supervisor.testing.upstream import Script, unreachable_url
-from supervisor.upstream import Credential, RetryPolicy, Upstream
-from supervisor.web.app import WebAccess
-from supervisor.web.gateway import GatewayClient, GatewayConfig, GatewayRoute
-from supervisor.web.gateway.asked import ENDPOINTS
+from supervisor.upstream import RetryPolicy, Upstream
+from supervisor.web.gateway import GatewayConfig
 from supervisor.web.gateway.relay import failure_of
-from tests.web.gateways import ONCE, asking_at, gateway_at, upstreams_at
-
-TWO = "sim/ok?tokens=2"
-CHAT = "/v1/chat/completions"
-KEYS = ("UPSTREAM_KEY", "sk-upstream-0123456789")
-
-
-def google(model: str, verb: str) -> str:
-    return f"/v1beta/models/{quote(model, safe='')}:{verb}"
-
-
-def asked(path: str, model: str = TWO, **more: Any) -> tuple[str, dict[str, Any]]:
-    """Return a path and a body that suits it."""
-    if path.startswith("google"):
-        return google(model, path.partition(" ")[2]), {"contents": [], **more}
-    return path, {"model": model, "messages": [], "prompt": "", "input": "", **more}
-
-
-STREAMED = {
-    "chat": asked(CHAT, stream=True),
-    "completions": asked("/v1/completions", stream=True),
-    "responses": asked("/v1/responses", stream=True),
-    "messages": asked("/v1/messages", stream=True),
-    "google events": asked("google streamGenerateContent?alt=sse"),
-    "google array": asked("google streamGenerateContent"),
-    "ollama chat": asked("/api/chat"),
-    "ollama generate": asked("/api/generate"),
-}
-WHOLE = {
-    "chat": asked(CHAT, stream=False),
-    "completions": asked("/v1/completions"),
-    "responses": asked("/v1/responses"),
-    "background": asked("/v1/responses", background=True),
-    "messages": asked("/v1/messages"),
-    "google": asked("google generateContent"),
-    "ollama chat": asked("/api/chat", stream=False),
-    "ollama generate": asked("/api/generate", stream=False),
-}
-
-
-def with_model(path: str, body: dict[str, Any], model: str) -> tuple[str, dict[str, Any]]:
-    """Ask the same of another model."""
-    if "/models/" in path:
-        return path.replace(quote(TWO, safe=""), quote(model, safe="")), body
-    return path, {**body, "model": model}
-
-
-def error_of(answer: bytes) -> Any:
-    """Return the JSON of the last event of an answer, however it is framed."""
-    text = answer.decode().strip()
-    if text.startswith("["):
-        return json.loads(text)[-1]
-    return json.loads(text.splitlines()[-1].removeprefix("data: "))
+from tests.web.gateways import (
+    CHAT,
+    STREAMED,
+    TWO,
+    WHOLE,
+    error_of,
+    gateway_at,
+    google,
+    upstreams_at,
+    with_model,
+)
 
 
 @pytest.fixture
@@ -152,172 +102,6 @@ async def test_another_name_for_the_model_changes_nothing_else() -> None:
         assert place.up.requests[-1].target == f"/v1beta/models/{quote(TWO, safe='')}:generateContent"
         await client.post(CHAT, json={"model": TWO, "stream": True})
         assert json.loads(place.up.requests[-1].body)["model"] == TWO
-
-
-# --- headers and keys ------------------------------------------------------------------------------------------------
-
-
-def keyed(url: str) -> dict[str, Upstream]:
-    return upstreams_at(url, credential=Credential.from_env(KEYS[0]))
-
-
-async def test_headers_that_matter_are_passed_and_keys_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the provider's API knows is passed on, the client's key and cookies are not: the upstream's own key is sent."""
-    monkeypatch.setenv(*KEYS)
-    theirs = {
-        "authorization": "Bearer client-key",
-        "x-api-key": "client-key",
-        "cookie": "a=client-key",
-        "openai-beta": "one",
-        "anthropic-beta": "two",
-        "idempotency-key": "three",
-        "x-sim-script": TWO,
-        "x-other": "four",
-    }
-    async with gateway_at(upstreams=keyed) as place, place.client() as client:
-        for path, _ in (STREAMED["chat"], STREAMED["messages"], STREAMED["google events"]):
-            more = f"{path}{'&' if '?' in path else '?'}key=client-key&beta=true"
-            answer = await client.post(more, json={"model": "m", "stream": True}, headers=theirs)
-            assert answer.status_code == 200
-            request = place.up.requests[-1]
-            assert "client-key" not in f"{request.target}{request.headers}"
-            assert KEYS[1] in str(request.headers)
-            assert "beta=true" in request.target
-            assert [request.header(name) for name in list(theirs)[3:]] == ["one", "two", "three", TWO, ""]
-        path, body = STREAMED["messages"]
-        await client.post(path, json=body, headers={"anthropic-version": "2099-01-01"})
-        assert place.up.requests[-1].header("anthropic-version") == "2099-01-01"
-        await client.post(path, json=body)
-        assert place.up.requests[-1].header("anthropic-version") == "2023-06-01"
-
-
-PLACES = {
-    "bearer": {"authorization": "Bearer %"},
-    "anthropic": {"x-api-key": "%"},
-    "google": {"x-goog-api-key": "%"},
-    "azure": {"api-key": "%"},
-}
-
-
-async def test_a_clients_key_says_whose_it_is(tmp_path: Path) -> None:
-    """Wherever an SDK puts its key, it is looked up, and the stream is of its tenant; without a good one nothing is asked."""
-    (tmp_path / "key").write_text("key-of-two\n")
-    config = GatewayConfig(
-        clients=(
-            GatewayClient(tenant="one", key_env="ONE"),
-            GatewayClient(tenant="two", key_file=tmp_path / "key"),
-        )
-    )
-    path, body = WHOLE["chat"]
-    access = WebAccess(token=Token("control"))
-    async with (
-        gateway_at(config=config, environ={"ONE": "key-of-one"}, access=access) as place,
-        place.client() as client,
-    ):
-        for headers in PLACES.values():
-            for tenant in ("one", "two"):
-                shown = {name: value.replace("%", f"key-of-{tenant}") for name, value in headers.items()}
-                assert (await client.post(path, json=body, headers=shown)).status_code == 200
-                assert place.newest().tenant == tenant
-        assert (await client.post(f"{path}?key=key-of-two", json=body)).status_code == 200
-        count = place.up.request_count
-        for headers in ({}, {"authorization": "Bearer control"}, {"x-api-key": "key-of-three"}):
-            answer = await client.post(path, json=body, headers=headers)
-            assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
-        assert place.up.request_count == count
-
-
-async def test_without_clients_the_control_token_is_the_key() -> None:
-    """Where no client is configured the daemon's token is asked for, in any of the places; where there is none, nothing."""
-    path, body = WHOLE["messages"]
-    async with gateway_at(access=WebAccess(token=Token("control"))) as place, place.client() as client:
-        answer = await client.post(path, json=body)
-        assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
-        for headers in PLACES.values():
-            shown = {name: value.replace("%", "control") for name, value in headers.items()}
-            assert (await client.post(path, json=body, headers=shown)).status_code == 200
-    async with gateway_at() as place, place.client() as client:
-        assert (await client.post(path, json=body)).status_code == 200
-
-
-# --- where it goes ---------------------------------------------------------------------------------------------------
-
-
-def several(url: str) -> dict[str, Upstream]:
-    first = upstreams_at(url)
-    other = attrs.evolve(first["openai-chat"], name="other", base_url=f"{url}/other/v1")
-    return {**first, "other": other}
-
-
-async def test_models_are_routed_by_pattern() -> None:
-    """The first route that fits takes a request, of those to the client's API; a model that none fits is told so."""
-    config = GatewayConfig(
-        routes=(
-            GatewayRoute(models=("sim/*",), upstream="anthropic"),
-            GatewayRoute(models=("sim/ok?tokens=3",), upstream="other"),
-            GatewayRoute(models=("sim/*", "x"), upstream="openai-chat"),
-        )
-    )
-    async with gateway_at(config=config, upstreams=several) as place, place.client() as client:
-        for model, target in ((TWO, f"{CHAT}"), ("sim/ok?tokens=3", f"/other{CHAT}")):
-            await client.post(CHAT, json={"model": model})
-            assert place.up.requests[-1].target == target
-        answer = await client.post(CHAT, json={"model": "gpt-5"})
-        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
-    async with gateway_at(upstreams=lambda _: {}) as place, place.client() as client:
-        answer = await client.post("/v1/messages", json={"model": "m"})
-        assert (answer.status_code, answer.json()["error"]["type"]) == (404, "not_found_error")
-
-
-async def test_an_upstream_of_the_very_api_comes_before_its_family() -> None:
-    """Without routes a request goes to the first upstream of its API, whatever else speaks the provider's."""
-
-    def two(url: str) -> dict[str, Upstream]:
-        chat = upstreams_at(url)["openai-chat"]
-        own = attrs.evolve(chat, name="own", base_url=f"{url}/own/v1", dialect=find("openai-responses"))
-        return {"openai-chat": chat, "own": own}
-
-    async with gateway_at(upstreams=two) as place, place.client() as client:
-        for name, target in (("responses", "/own/v1/responses"), ("completions", "/v1/completions")):
-            path, body = STREAMED[name]
-            await client.post(path, json=body)
-            assert place.up.requests[-1].target == target
-
-
-async def test_a_fallback_answers_in_the_others_place(nowhere: str) -> None:
-    """An upstream that cannot be reached is told by nothing but who answered; the fallback serves the same endpoint."""
-
-    def broken(url: str) -> dict[str, Upstream]:
-        made = upstreams_at(url)
-        first = attrs.evolve(
-            made["openai-chat"],
-            name="broken",
-            base_url=nowhere,
-            fallback=(made["openai-chat"],),
-            retry=attrs.evolve(ONCE, attempts=2),
-        )
-        return {"broken": first}
-
-    path, body = STREAMED["responses"]
-    async with gateway_at(upstreams=broken) as place, place.client() as client:
-        answer = await client.post(path, json=body)
-        assert (answer.status_code, place.up.requests[-1].target) == (200, "/v1/responses")
-        assert (await place.outcome()).attempts == 2
-
-
-async def test_a_request_does_not_go_in_a_circle() -> None:
-    """A gateway that is its own upstream, as after an `OPENAI_BASE_URL` too many, says so; two in a row are well."""
-    path, body = STREAMED["chat"]
-    async with gateway_at() as inner, gateway_at(upstreams=lambda _: upstreams_at(inner.here)) as outer:
-        async with outer.client() as client:
-            assert (await client.post(path, json=body)).status_code == 200
-        circle = Upstream(name="circle", base_url=f"{outer.here}/v1", retry=ONCE, proxy="direct")
-        inner.upstreams.clear()
-        inner.upstreams["circle"] = circle
-        async with outer.client() as client:
-            answer = await client.post(path, json=body)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (508, "loop")
-        assert [info.upstream for info in inner.sup.list()] == ["circle", "openai-chat"]
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
@@ -497,14 +281,6 @@ async def test_too_many_and_too_late_are_told_with_when_to_come_back() -> None:
         assert (refused.status_code, refused.json()["error"]["type"]) == (503, "overloaded_error")
 
 
-async def test_a_missing_credential_is_the_operators_to_know() -> None:
-    """A request that cannot be served for a mistake in the configuration says so, and not which."""
-    path, body = STREAMED["chat"]
-    async with gateway_at(upstreams=keyed) as place, place.client() as client:
-        answer = await client.post(path, json=body)
-        assert (answer.status_code, KEYS[0] in answer.text) == (500, False)
-
-
 async def test_a_stop_by_an_operator_is_told() -> None:
     """Cancelled before the head: 499, not to be repeated; in the middle: an error event."""
     async with gateway_at() as place, place.client() as client, trio.open_nursery() as nursery:
@@ -525,6 +301,25 @@ async def test_a_stop_by_an_operator_is_told() -> None:
             '"error":{"type":"invalid_request_error","message":"the answer was cancelled by ops"},'
             f'"request_id":"{answer.headers["x-stream-id"]}"}}\n\n'
         )
+
+
+def test_a_refusal_is_told_from_the_outcome_alone() -> None:
+    """Where the upstream's own answer is not known any more, its status and words are those of the outcome."""
+    fault = Fault(kind="rate_limit", message="slow", code="busy", status=429, temporary=True, retry_after_s=7)
+    outcome = Outcome(
+        id="s",
+        key=None,
+        state=State.FAILED,
+        reason="http_status",
+        fault=fault,
+        last_seq=1,
+        started_at=0,
+        ended_at=1,
+    )
+    told = failure_of(outcome)
+    assert (told.status, told.code, told.message, told.retry_after_s) == (429, "busy", "slow", 7)
+    redirected = attrs.evolve(outcome, fault=Fault(kind="invalid_request", message="to http://x", status=302))
+    assert (failure_of(redirected).status, "http" in failure_of(redirected).message) == (502, False)
 
 
 # --- silence ---------------------------------------------------------------------------------------------------------
@@ -561,247 +356,6 @@ async def test_what_has_no_comments_is_silent() -> None:
             assert (await client.post(late[0], json=late[1])).status_code == 500
 
 
-# --- keys and leaving ------------------------------------------------------------------------------------------------
-
-
-async def test_a_key_joins_the_same_answer() -> None:
-    """A request with the key of another, in flight or ended, gets the same answer; the upstream was asked once."""
-    path, body = STREAMED["chat"]
-    headers = {"x-stream-key": "k1"}
-    async with gateway_at() as place, place.client() as client:
-        first = await client.post(path, json=body, headers=headers)
-        second = await client.post(path, json=body, headers=headers)
-        assert (first.content, first.headers["content-type"]) == (
-            second.content,
-            second.headers["content-type"],
-        )
-        assert (first.headers["x-stream-id"], place.up.request_count) == (second.headers["x-stream-id"], 1)
-        for status in (500, 200, 200):  # what failed before its first event is no answer
-            again = {**body, "model": "sim/500?times=1"}
-            answer = await client.post(path, json=again, headers={"x-stream-key": "k2"})
-            assert answer.status_code == status
-        for other_path, other in (WHOLE["chat"], STREAMED["messages"], (path, {**body, "model": "m"})):
-            conflict = await client.post(other_path, json=other, headers=headers)
-            assert conflict.status_code == 409
-        assert place.up.request_count == 3
-
-
-async def test_who_joins_sees_the_upstreams_own_refusal() -> None:
-    """Two requests of one key, made before the upstream refuses, both get its answer, in its words and with its headers."""
-    headers = {"x-stream-key": "k"}
-    path, body = with_model(*STREAMED["chat"], "sim/429?head_after_s=0.05&retry_after=7&message=slow")
-    answers: list[httpx.Response] = []
-    async with gateway_at() as place, place.client() as client:
-
-        async def ask() -> None:
-            answers.append(await client.post(path, json=body, headers=headers))
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(ask)
-            nursery.start_soon(ask)
-        assert place.up.request_count == 1
-        assert {(one.status_code, one.headers["retry-after"], one.content) for one in answers} == {
-            (429, "7", answers[0].content)
-        }
-        assert answers[0].json()["error"]["message"] == "slow"
-
-
-def test_a_refusal_is_told_from_the_outcome_alone() -> None:
-    """Where the upstream's own answer is not known any more, its status and words are those of the outcome."""
-    fault = Fault(kind="rate_limit", message="slow", code="busy", status=429, temporary=True, retry_after_s=7)
-    outcome = Outcome(
-        id="s",
-        key=None,
-        state=State.FAILED,
-        reason="http_status",
-        fault=fault,
-        last_seq=1,
-        started_at=0,
-        ended_at=1,
-    )
-    told = failure_of(outcome)
-    assert (told.status, told.code, told.message, told.retry_after_s) == (429, "busy", "slow", 7)
-    redirected = attrs.evolve(outcome, fault=Fault(kind="invalid_request", message="to http://x", status=302))
-    assert (failure_of(redirected).status, "http" in failure_of(redirected).message) == (502, False)
-
-
-async def test_a_key_is_its_tenants() -> None:
-    """The stream of another tenant is not read by its key."""
-    config = GatewayConfig(clients=tuple(GatewayClient(tenant=name, key_env=name) for name in ("a", "b")))
-    path, body = STREAMED["chat"]
-    async with (
-        gateway_at(config=config, environ={"a": "key-a", "b": "key-b"}) as place,
-        place.client() as client,
-    ):
-        for key, status in (("key-a", 200), ("key-b", 409)):
-            headers = {"x-stream-key": "k", "x-api-key": key}
-            assert (await client.post(path, json=body, headers=headers)).status_code == status
-
-
-POLICIES: dict[str, tuple[GatewayConfig, dict[str, str], dict[str, Any], str]] = {
-    "as it is": (GatewayConfig(), {}, {}, "cancelled"),
-    "kept by a header": (GatewayConfig(), {"x-stream-on-disconnect": "keep"}, {}, "live"),
-    "kept": (GatewayConfig(on_disconnect="keep"), {}, {}, "live"),
-    "cancelled by a header": (
-        GatewayConfig(on_disconnect="keep"),
-        {"x-stream-on-disconnect": "cancel"},
-        {},
-        "cancelled",
-    ),
-    "by the route": (
-        GatewayConfig(routes=(GatewayRoute(upstream="openai-chat", on_disconnect="keep"),)),
-        {},
-        {},
-        "live",
-    ),
-    "with grace": (GatewayConfig(grace_s=60), {}, {}, "live"),
-    "with the route's grace": (
-        GatewayConfig(grace_s=60, routes=(GatewayRoute(upstream="openai-chat", grace_s=0),)),
-        {},
-        {},
-        "cancelled",
-    ),
-    "in the background": (GatewayConfig(), {}, {"background": True}, "live"),
-}
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-async def test_what_becomes_of_an_answer_whose_client_has_left(policy: str) -> None:
-    """It is cancelled, or kept, as the header says, or the route, or the gateway; a background response is kept."""
-    config, headers, more, expected = POLICIES[policy]
-    path, body = STREAMED["responses"]
-    async with gateway_at(config=config) as place:
-        asking = {**body, **more, "model": "sim/stall?after=1"}
-        async with asking_at(place, path, asking, headers) as connection:
-            assert b"200" in await connection.receive_some()
-            stream = place.sup.get(place.newest().id)
-            assert stream.info().readers == 1
-        while stream.info().readers:  # noqa: ASYNC110  # nothing tells that a reader has left
-            await trio.lowlevel.checkpoint()
-        if expected == "cancelled":
-            assert (await stream.wait()).reason == "detached"
-            await place.up.wait_open(0)
-        else:
-            await trio.testing.wait_all_tasks_blocked(0.02)  # whatever would end it has had its turn
-            assert stream.state == "streaming"
-            assert len(place.up.open_connections) == 1
-
-
-# --- what OpenAI keeps -----------------------------------------------------------------------------------------------
-
-
-def first_and_chat(url: str) -> dict[str, Upstream]:
-    chat = upstreams_at(url)["openai-chat"]
-    return {
-        "first": attrs.evolve(chat, name="first", base_url=f"{url}/first/v1"),
-        "chat": attrs.evolve(chat, name="chat"),
-    }
-
-
-async def test_a_response_is_asked_of_the_upstream_that_made_it() -> None:
-    """Reading on, looking, cancelling: at the upstream that has it, for the tenant whose it is, in the upstream's words."""
-    config = GatewayConfig(
-        routes=(GatewayRoute(models=("sim/*",), upstream="chat"), GatewayRoute(upstream="first")),
-        clients=tuple(GatewayClient(tenant=name, key_env=name) for name in ("a", "b")),
-    )
-    environ = {"a": "key-a", "b": "key-b"}
-    async with (
-        gateway_at(upstreams=first_and_chat, config=config, environ=environ) as place,
-        place.client(headers={"x-api-key": "key-a"}) as client,
-    ):
-        path, body = STREAMED["responses"]
-        whole = await client.post(path, json={**body, "background": True, "model": "sim/ok?tokens=4"})
-        created = json.loads(whole.text.partition("data: ")[2].partition("\n")[0])
-        at = f"{path}/{created['response']['id']}"
-        rest = await client.get(f"{at}?stream=true&starting_after=4")
-        assert whole.text.endswith(rest.text)
-        assert rest.text.startswith("event: ")
-        looked = await client.get(at)
-        assert (looked.json()["status"], looked.headers["content-type"]) == ("completed", "application/json")
-        assert (await client.post(f"{at}/cancel")).status_code == 200
-        assert {request.target.partition("?")[0] for request in place.up.requests} == {
-            path,
-            at,
-            f"{at}/cancel",
-        }
-        count = place.up.request_count
-        assert (await client.get(at, headers={"x-api-key": "key-b"})).status_code == 404
-        assert place.up.request_count == count
-        unknown = await client.get(f"{path}/resp_unknown")  # the first that could have made it
-        assert place.up.requests[-1].target == "/first/v1/responses/resp_unknown"
-        assert (unknown.status_code, unknown.json()["error"]["message"]) == (
-            404,
-            "Response with id 'resp_unknown' not found.",
-        )
-        assert (await client.delete(at)).status_code == 404  # which the simulated provider does not have
-        assert place.up.requests[-1].method == "DELETE"
-
-
-async def test_the_responses_remembered_are_bounded() -> None:
-    """Of more responses than are remembered, the oldest are asked for where any could have been made."""
-    path, body = STREAMED["responses"]
-    config = GatewayConfig(
-        max_responses=2,
-        routes=(GatewayRoute(models=("sim/*",), upstream="chat"), GatewayRoute(upstream="first")),
-    )
-    async with gateway_at(upstreams=first_and_chat, config=config) as place, place.client() as client:
-        for _ in range(3):
-            assert (await client.post(path, json=body)).status_code == 200
-        for number, base in ((1, "/first"), (2, ""), (3, "")):
-            await client.get(f"{path}/resp_sim0000000{number}")
-            assert place.up.requests[-1].target == f"{base}{path}/resp_sim0000000{number}"
-
-
-async def test_the_models_of_all_upstreams_are_listed_once(nowhere: str) -> None:
-    """Every upstream's models, where a request for one would reach it, with the names that stand for others."""
-
-    def some(url: str) -> dict[str, Upstream]:
-        made = upstreams_at(url, models={"short": "long"})
-        gone = attrs.evolve(made["openai-chat"], name="gone", base_url=nowhere, models={"x": "y"})
-        return {**made, "gone": gone}
-
-    async with gateway_at(upstreams=some) as place, place.client() as client:
-        told = (await client.get("/v1/models")).json()
-        assert [(one["id"], one["object"]) for one in told["data"]] == [
-            ("short", "model"),
-            ("sim/ok", "model"),
-        ]
-        assert (told["object"], told["first_id"], told["last_id"]) == ("list", "short", "sim/ok")
-        config_client = await client.get("/v1/models", headers={"anthropic-version": "2023-06-01"})
-        assert [one["owned_by"] for one in config_client.json()["data"]] == ["anthropic", "sim"]
-    config = GatewayConfig(routes=(GatewayRoute(models=("x", "sim/*"), upstream="gone"),))
-    async with gateway_at(upstreams=some, config=config) as place, place.client() as client:
-        assert [one["id"] for one in (await client.get("/v1/models")).json()["data"]] == ["x"]
-
-
-# --- configuration ---------------------------------------------------------------------------------------------------
-
-WRONG: list[tuple[Any, str]] = [
-    (lambda: GatewayConfig(on_disconnect="stop"), "on_disconnect"),  # type: ignore[arg-type]
-    (lambda: GatewayConfig(grace_s=-1), "grace_s"),
-    (lambda: GatewayConfig(keep_alive_s=0), "keep_alive_s"),
-    (lambda: GatewayConfig(headers=("X-Api-Key",)), "headers"),
-    (lambda: GatewayClient(tenant="", key_env="A"), "tenant"),
-    (lambda: GatewayClient(tenant="a"), "key_env or key_file"),
-    (lambda: GatewayClient(tenant="a", key_env="sk-not a name"), "not shown"),
-    (lambda: GatewayConfig(routes=(GatewayRoute(upstream="x"),)).check({}, {}), "routes.upstream"),
-    (lambda: GatewayConfig(clients=(GatewayClient(tenant="a", key_env="A"),)).check({}, {}), "env:A"),
-    (
-        lambda: GatewayConfig(clients=tuple(GatewayClient(tenant=name, key_env="A") for name in "ab")).check(
-            {}, {"A": "key"}
-        ),
-        "a key of its own",
-    ),
-]
-
-
-@pytest.mark.parametrize(("make", "told"), WRONG)
-def test_what_is_wrong_with_the_configuration_is_told(make: Any, told: str) -> None:
-    """A mistake names the key, and never shows a secret."""
-    with pytest.raises(ConfigurationError, match=told):
-        make()
-
-
 async def test_the_head_is_not_sent_before_there_is_something_to_tell() -> None:
     """A client of a slow upstream has no status until the first event."""
     path, body = with_model(*STREAMED["chat"], "sim/ok?first_after_s=0.05&tokens=1")
@@ -809,44 +363,3 @@ async def test_the_head_is_not_sent_before_there_is_something_to_tell() -> None:
         with pytest.raises(httpx.ReadTimeout):
             await client.post(path, json=body, timeout=0.02)
         await place.outcome()
-
-
-async def test_it_is_configured_by_the_file() -> None:
-    """The daemon's file has it all, and a mistake in it is told with its table."""
-    text = """
-        discover = false
-        [upstreams.openai]
-        base_url = "https://api.openai.com/v1"
-        [gateway]
-        on_disconnect = "keep"
-        [[gateway.routes]]
-        models = ["gpt-*"]
-        upstream = "openai"
-        grace_s = 3
-        [[gateway.clients]]
-        tenant = "acme"
-        key_env = "ACME_KEY"
-    """
-    config = parse(text)
-    assert config.gateway == GatewayConfig(
-        on_disconnect="keep",
-        routes=(GatewayRoute(models=("gpt-*",), upstream="openai", grace_s=3),),
-        clients=(GatewayClient(tenant="acme", key_env="ACME_KEY"),),
-    )
-    await config.check({"ACME_KEY": "key"})
-    with pytest.raises(ConfigurationError, match=r"\[gateway\] credential env:ACME_KEY"):
-        await config.check({})
-    with pytest.raises(ConfigurationError, match=r"\[gateway\] routes.upstream: 'other'"):
-        await parse(text.replace('upstream = "openai"', 'upstream = "other"')).check({"ACME_KEY": "key"})
-
-
-async def test_the_guides_configuration() -> None:
-    """The tables that docs/gateway.md shows are a configuration."""
-    page = (Path(__file__).parents[2] / "docs" / "gateway.md").read_text("utf-8")
-    config = parse(
-        "discover = false\n" + "\n".join(re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
-    )
-    assert (len(config.gateway.routes), len(config.gateway.clients)) == (2, 1)
-    await config.check({"ACME_GATEWAY_KEY": "key"})
-    for path in [*ENDPOINTS, "/v1beta/models/{model}", "/v1/models"]:
-        assert path.removeprefix("/v1") in page
