@@ -17,10 +17,11 @@ from supervisor.testing.upstream import Script, SimulatedUpstream, UpstreamReque
 from supervisor.upstream import Circuits, RetryPolicy, StreamTransport, Upstream
 from supervisor.web.app import Front, WebAccess, create_app
 from supervisor.web.gateway import GatewayConfig, gateway
-from supervisor.web.server import WebServer
-from tests.web.wire import serving
+from supervisor.web.server import WebLimits, WebServer
 
 ONCE = RetryPolicy(attempts=1)
+PATIENCE_S = 120.0
+"""How long a test may take: an SDK is asked hundreds of times, perhaps on a busy machine."""
 BASES = {
     "openai-chat": "/v1",
     "anthropic": "/v1",
@@ -155,8 +156,12 @@ async def gateway_at(
             circuits=Circuits().of,
             environ=environ or {},
         )
-        async with serving(create_app(front, [part]), leave_s=60) as server:
-            yield Place(up=up, sup=sup, server=server, upstreams=made)
+        server = WebServer(create_app(front, [part]), limits=WebLimits(leave_s=PATIENCE_S))
+        with trio.fail_after(PATIENCE_S):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(server.run)
+                yield Place(up=up, sup=sup, server=server, upstreams=made)
+                nursery.cancel_scope.cancel()
         await sup.shutdown()
 
 

@@ -27,6 +27,7 @@ from supervisor.web.gateway.asked import ENDPOINTS
 from tests.web.gateways import (
     CHAT,
     ONCE,
+    PATIENCE_S,
     STREAMED,
     TWO,
     WHOLE,
@@ -337,7 +338,7 @@ async def test_a_daemon_answers_and_its_successor_knows_the_answer(tmp_path: Pat
     """The daemon serves the gateway; after a restart the same request with its key reads the same answer from the store."""
     path, body = STREAMED["chat"]
     answers: list[httpx.Response] = []
-    with trio.fail_after(20):
+    with trio.fail_after(PATIENCE_S):
         async with SimulatedUpstream() as up:
             for _ in range(2):
                 async with (

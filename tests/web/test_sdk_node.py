@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.web.gateways import Place
+from tests.web.gateways import PATIENCE_S, Place
 from tests.web.sdks import Recordings, Seen
 
 HERE = Path(__file__).parent / "node"
@@ -52,7 +52,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 async def run(scripts: Path, script: str, job: dict[str, Any]) -> dict[str, Any]:
     command = [*node_command("node"), str(scripts / script), json.dumps(job)]
-    with trio.fail_after(60):
+    with trio.fail_after(PATIENCE_S):
         done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     answer: dict[str, Any] = json.loads(done.stdout)
