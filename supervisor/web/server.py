@@ -326,6 +326,8 @@ class _Connection:
         self._sending = trio.Lock()
         self._begun = False
         """Whether something of the next request has arrived."""
+        self._gathering = False
+        self._gathered = b""
         self._in_a_row = 0
         """Bytes sent since anybody else had a turn."""
         self._dead = False
@@ -395,11 +397,13 @@ class _Connection:
     async def _send(self, event: Event) -> None:
         """Do what the protocol says."""
         if isinstance(event, RawData):
-            if self._dead:
-                await trio.lowlevel.checkpoint()  # an application that sends on and on must get to hear of it
-            elif event.data:
+            if self._gathering:
+                self._gathered += event.data
+            else:
                 await self._write(event.data)
-        elif isinstance(event, Updated):
+            return
+        await self._flush()
+        if isinstance(event, Updated):
             idle = self.server.idle
             if event.idle:
                 self._begun = False
@@ -412,8 +416,18 @@ class _Connection:
         elif isinstance(event, Closed):
             self.reading.cancel(reason="the protocol has ended the connection")
 
+    async def _flush(self) -> None:
+        """Send what has been gathered."""
+        data, self._gathered = self._gathered, b""
+        await self._write(data)
+
     async def _write(self, data: bytes) -> None:
         """Send a piece of an answer: at once what the socket takes at once, which spares a task switch; the rest in `send_s`."""
+        if not data:
+            return
+        if self._dead:
+            await trio.lowlevel.checkpoint()  # an application that sends on and on must get to hear of it
+            return
         sent = 0
         if not self._sending.locked():
             try:
@@ -458,9 +472,21 @@ class _Connection:
     ) -> None:
         """Have a request answered, its body within its limits."""
         self.server.counts.requests += 1
+        scope["extensions"] = {}  # of which we have none
         body = _Body(self.server, scope, receive)
+
+        async def gathered(message: Message) -> None:
+            """Pass a message on; what comes of it is sent at once, and a head with the first piece of its body."""
+            self._gathering = True
+            try:
+                await send(message)
+            finally:
+                self._gathering = False
+            if message["type"] != "http.response.start":
+                await self._flush()
+
         try:
-            await self.server.app(scope, body.receive, send)
+            await self.server.app(scope, body.receive, gathered)
         finally:
             body.forget()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import trio
 import trio.testing
@@ -47,6 +49,36 @@ async def test_one_connection_carries_several_requests() -> None:
         figures = server.statistics()
         assert (figures.connections, figures.busy, figures.requests, figures.body_bytes) == (1, 0, 2, 0)
     assert server.statistics().connections == 0
+
+
+async def test_an_answer_takes_as_few_writes_as_it_has_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head goes out with the first piece of its body, be that empty, and the end of the chunks with the last piece."""
+    written: list[bytes] = []
+    write = os.write
+
+    def noted(descriptor: int, data: bytes) -> int:
+        if data[:1] in b"H3":  # of the server's own: trio wakes itself by a socket, too
+            written.append(data)
+        return write(descriptor, data)
+
+    monkeypatch.setattr("supervisor.web.server.os.write", noted)
+    stuck = trio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        if scope["path"] == "/head":
+            await send({"type": "http.response.body", "body": b"", "more_body": True})
+            await stuck.wait()
+        await send({"type": "http.response.body", "body": b"one", "more_body": True})
+        await send({"type": "http.response.body", "body": b"two"})
+
+    async with serving(app) as server, Client.of(server) as client:
+        assert (await client.ask("GET", "/")).body == b"onetwo"
+        first, second = written
+        assert first.endswith(b"\r\n\r\n3\r\none\r\n")
+        assert second == b"3\r\ntwo\r\n0\r\n\r\n"
+        await client.send(b"GET /head HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await client.event()).status_code == 200
 
 
 async def test_a_body_in_pieces_and_one_that_waits_to_be_asked_for() -> None:
