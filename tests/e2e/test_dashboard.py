@@ -412,6 +412,7 @@ def test_keyboard(browser: Browser, daemon: Daemon, api: httpx.Client) -> None:
         page.keyboard.press("Escape")
         expect(page.locator("#detail")).to_be_hidden()
         expect(page.locator("#rows a", has_text="key-1")).to_be_focused()
+        page.locator("#words input[value=live]").focus()
         page.keyboard.press("?")
         expect(page.get_by_role("dialog")).to_contain_text("from stream to stream")
     for stream_id in ids:

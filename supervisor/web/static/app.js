@@ -185,10 +185,12 @@ function setTheme(theme) {
   setText(byId("theme-said"), `Colours: ${theme === "system" ? "as the system" : theme}`);
 }
 
+const TYPED_IN = "input:not([type=radio]), textarea, select, dialog";
+
 function keyPressed(event) {
   if (event.key === "Escape" && detail.id !== null && !document.querySelector("dialog[open]")) close();
   if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (!byId("keys-on").checked || event.target.closest("input, textarea, select, dialog")) return;
+  if (!byId("keys-on").checked || event.target.closest(TYPED_IN)) return;
   const does = { "/": () => byId("needle").focus(), n: begin, "?": () => byId("keys-dialog").showModal() }[event.key];
   if (!does) return;
   event.preventDefault();

@@ -70,7 +70,7 @@ function showEndings(told) {
   charts.endings.update(
     { ...columns(told, "completed", "cancelled"), series: [minutes.completed, minutes.cancelled, errors] },
     {
-      said: (index) => `${count(minutes.completed[index])} complete · ${count(minutes.cancelled[index])} cancelled · ${count(errors[index])} error`,
+      said: (index) => `${count(minutes.completed[index])} complete · ${count(minutes.cancelled[index])} cancelled · ${plural(errors[index] ?? 0, "error")}`,
       label: `Endings over the last hour: ${completed} complete, ${failed + expired} in error, ${cancelled} cancelled.`,
     },
   );
@@ -160,7 +160,8 @@ function showCircuits(circuits) {
     );
   });
   box.replaceChildren(names.length ? make("ul", { class: "circuits" }, ...items) : make("p", { class: "none" }, "None has been asked yet."));
-  arrange(byId("upstreams"), names.map((name) => make("option", { value: name })));
+  const wellFirst = names.toReversed();
+  arrange(byId("upstreams"), wellFirst.map((name) => make("option", { value: name })));
 }
 
 function showTotals({ started, attached, rejected, ended }) {

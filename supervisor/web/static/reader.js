@@ -40,11 +40,12 @@ export class Reader {
     clearTimeout(this.timer);
     const { position } = this;
     // A snapshot needs the whole history. If none can be had, what there is of it is read instead.
-    const after = position ? `${position.epoch}-${position.seq}` : this.failures > 1 ? "start" : "snapshot";
-    const source = new EventSource(api.eventsUrl(this.id, after, MAX_BEHIND));
+    const from = position ? `${position.epoch}-${position.seq}` : this.failures > 1 ? "start" : "snapshot";
+    const source = new EventSource(api.eventsUrl(this.id, from, MAX_BEHIND));
     this.source = source;
     source.addEventListener("open", () => {
       this.failures = 0;
+      if (from === "start") this.sink.replace(null);
       this.sink.found();
     });
     for (const kind of ["text", "snapshot", "outcome", ...TOLD]) {
