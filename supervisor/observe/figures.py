@@ -81,10 +81,10 @@ class Histogram:
 class Histograms:
     """One histogram for each combination of labels that was met, and one for all beyond the first thousand."""
 
-    __slots__ = ("_bounds", "children", "labels")
+    __slots__ = ("bounds", "children", "labels")
 
     def __init__(self, bounds: Sequence[float], *labels: str) -> None:
-        self._bounds = bounds
+        self.bounds = bounds
         self.labels = labels
         self.children: dict[Labels, Histogram] = {}
 
@@ -101,7 +101,7 @@ class Histograms:
     def _new(self, values: Labels) -> Histogram:
         if len(self.children) >= MAX_CHILDREN:
             values = (_OTHER,) * len(values)
-        return self.children.setdefault(values, Histogram(self._bounds))
+        return self.children.setdefault(values, Histogram(self.bounds))
 
 
 class Counts:
