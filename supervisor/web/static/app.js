@@ -33,6 +33,7 @@ async function begun() {
     // whatever it is, the first turn says it
   }
   route();
+  filter(); // a browser may bring back what was chosen before
   await takeTurn();
 }
 
