@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import msgspec
 import trio
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families as parsed
 
@@ -140,6 +140,7 @@ async def test_a_scrape() -> None:
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=())), min_size=2, max_size=2, unique=True))
+@example(["half a pair: \ud800", "b"])
 def test_any_label_can_be_written(names: list[str]) -> None:
     """Whatever a client calls its model, Prometheus' parser reads that name, and nothing else is put into the page."""
 
