@@ -6,8 +6,9 @@ import os
 import pty
 import signal
 import termios
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TextIO
 
 import attrs
@@ -20,7 +21,7 @@ from rich.console import Console
 from supervisor import Limits, Output, Supervisor, open_supervisor
 from supervisor.cli import main
 from supervisor.cli.top import Screen, keys_in, show
-from supervisor.control import ControlServer, connect
+from supervisor.control import ClientLimits, ControlServer, connect
 from supervisor.observe import Figures
 
 WIDTH, HEIGHT = 160, 20
@@ -32,6 +33,9 @@ class Terminal:
 
     master: int
     supervisor: Supervisor
+    serve: Callable[[], Awaitable[trio.CancelScope]]
+    """Serves the control channel, on the same port each time, until the scope is cancelled."""
+    serving: trio.CancelScope
     drawn: pyte.Screen = attrs.field(factory=lambda: pyte.Screen(WIDTH, HEIGHT))
 
     async def until(self, seen: Callable[[str], bool]) -> str:
@@ -64,21 +68,32 @@ async def shown(results: list[int], **limits: Any) -> AsyncIterator[Terminal]:
     master, slave = pty.openpty()
     before = termios.tcgetattr(slave)
     async with open_supervisor(limits=Limits(**limits)) as sup, trio.open_nursery() as nursery:
-        server = ControlServer(sup, figures=Figures(sup))
-        (port,) = await nursery.start(server.run)
+        figures, port = Figures(sup), 0
+
+        async def run(*, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+            nonlocal port
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as inner:
+                    (port,) = await inner.start(ControlServer(sup, figures=figures).run, "127.0.0.1", port)
+                    task_status.started(scope)
+
+        serve = partial(nursery.start, run)
+        serving = await serve()
         with _writing(slave) as out:
             screen = Console(file=out, force_terminal=True, width=WIDTH, height=HEIGHT, legacy_windows=False)
             try:
                 async with (
-                    connect(f"ws://127.0.0.1:{port}", reconnect=True) as client,
+                    connect(
+                        f"ws://127.0.0.1:{port}", reconnect=True, limits=ClientLimits(retry_initial_s=0.05)
+                    ) as client,
                     trio.open_nursery() as tasks,
                 ):
 
-                    async def run() -> None:
+                    async def watch() -> None:
                         results.append(await show(client, screen, slave, interval_s=0.02))
 
-                    tasks.start_soon(run)
-                    yield Terminal(master, sup)
+                    tasks.start_soon(watch)
+                    yield Terminal(master, sup, serve, serving)
                     with trio.fail_after(20):
                         while not results:  # it writes until it ends, and must not find the terminal full
                             with trio.move_on_after(0.01):
@@ -116,6 +131,22 @@ async def test_a_session() -> None:
         assert sup.get(ids[1]).outcome.message == "cancelled in top"
         assert [sup.get(one).state for one in (ids[0], ids[2])] == ["streaming"] * 2
         await terminal.until(lambda seen: "1 cancelled" in seen and "2 live" in seen)
+        await terminal.press(b"q")
+    assert results == [0]
+
+
+async def test_a_daemon_that_is_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is away the screen stays and says so; once it is back, it is as it was."""
+    monkeypatch.setattr("supervisor.cli.top._LATE_S", 0.05)
+    results: list[int] = []
+    async with shown(results) as terminal:
+        stream = await terminal.supervisor.start(streaming)
+        await terminal.until(lambda seen: stream.id in seen)
+        terminal.serving.cancel()
+        text = await terminal.until(lambda seen: "no answer for" in seen)
+        assert stream.id in text
+        await terminal.serve()
+        await terminal.until(lambda seen: "no answer" not in seen and "1 live" in seen)
         await terminal.press(b"q")
     assert results == [0]
 

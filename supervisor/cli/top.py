@@ -28,13 +28,14 @@ from supervisor.cli.connecting import as_client
 from supervisor.cli.exits import Exit
 from supervisor.cli.render import complain, console, duration, size, spark, styled_state, visible
 from supervisor.control import ControlClient, StreamMessage
-from supervisor.errors import ControlError
+from supervisor.errors import ControlClosedError, ControlError
 from supervisor.observe import Overview
 
 __all__ = ["Screen", "keys_in", "top"]
 
 _MOST = 500
 _LATE_S = 3.0
+_NEVER_AGAIN = 4500  # close codes from here on say that the same would happen again
 _KEYS = {
     b"\x1b[A": "up",
     b"\x1bOA": "up",
@@ -309,10 +310,17 @@ async def show(client: ControlClient, out: Console, keyboard: int, *, interval_s
 
         async def look() -> None:
             while True:
-                overview = await client.overview()
-                page = await client.list(live=True, limit=_MOST)
-                screen.tell(overview, page.streams, more=page.next is not None, now=time.monotonic())
-                draw()
+                try:
+                    overview = await client.overview()
+                    page = await client.list(live=True, limit=_MOST)
+                except (
+                    ControlClosedError
+                ) as error:  # it is made again; until then the screen says what is missing
+                    if error.code is not None and error.code >= _NEVER_AGAIN:
+                        raise
+                else:
+                    screen.tell(overview, page.streams, more=page.next is not None, now=time.monotonic())
+                    draw()
                 await trio.sleep(interval_s)
 
         async def tick() -> None:
