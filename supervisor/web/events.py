@@ -16,15 +16,16 @@ puts the answer together from events forgets what came before it. It is told as 
 `EventSource` does not show the body of an error.
 
 **A slow reader** holds one batch of events and its position. The socket holds it back; a piece that it does not take for
-`send_s` ends its connection, and it can come again.
+`send_s` ends its connection, and it can come again. What may be larger than a batch, a snapshot or a list, is made only in turn,
+and the turn is kept until it has been sent, so that no more than `large_answers` of them are held for whoever does not take them.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import msgspec
 import trio
@@ -50,7 +51,7 @@ from supervisor.control.notifications import (
 from supervisor.control.rpc import RpcError, error_for, read_params
 from supervisor.errors import GapError, SupervisorError
 from supervisor.stores import Event
-from supervisor.streams import Cursor, Stream, Subscription
+from supervisor.streams import After, Cursor, Stream, Subscription
 from supervisor.web.app import Front, Part, answer, route, which
 
 __all__ = ["EventStream", "part"]
@@ -61,8 +62,9 @@ _BATCH_BYTES = 64 << 10
 _RETRY_MS = 1000
 _KEEP_ALIVE = b": keep-alive\n\n"
 _POSITION = re.compile(r"([1-9][0-9]{0,8})-(0|[1-9][0-9]{0,17})", re.ASCII)
+_EVENT_STREAM = "text/event-stream; charset=utf-8"
 _HEADERS = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"content-type", _EVENT_STREAM.encode()),
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),  # nginx holds answers back unless told otherwise
 )
@@ -72,6 +74,7 @@ _encode = msgspec.json.Encoder().encode
 def part(front: Front) -> Part:
     """Return `/streams` and what is below it, `/health` and `/stats`."""
     supervisor = front.supervisor
+    turns = trio.CapacityLimiter(front.limits.large_answers)
 
     async def start(request: Request) -> Response:
         params = read_params(msgspec.Raw(await request.body()), StartParams)
@@ -80,18 +83,22 @@ def part(front: Front) -> Part:
         return answer(started, status, {"location": f"/streams/{started.id}", "x-stream-id": started.id})
 
     async def listing(request: Request) -> Response:
-        return answer(await answers.list_streams(supervisor, _list_params(request)))
+        params = _list_params(request)
+        return _Large(turns, lambda: answers.list_streams(supervisor, params))
 
     async def get(request: Request) -> Response:
         return answer(await answers.get(supervisor, which(request)))
 
     async def snapshot(request: Request) -> Response:
-        return answer(await answers.snapshot(supervisor, which(request)))
+        params = which(request)
+        return _Large(turns, lambda: answers.snapshot(supervisor, params))
 
     async def events(request: Request) -> Response:
         params = _subscribe_params(request)
         stream = await supervisor.find(params.id, key=params.key)
-        return await EventStream.opened(front, stream, params, head=request.method == "HEAD")
+        if request.method == "HEAD":  # no reader
+            return Response(headers={"content-type": _EVENT_STREAM})
+        return EventStream(stream, params, turns, keep_alive_s=front.limits.keep_alive_s)
 
     async def cancel(request: Request) -> Response:
         given = _object(await request.body())
@@ -206,89 +213,119 @@ def _number(value: str) -> int | str:
 # --- what is answered: events ----------------------------------------------------------------------------------------
 
 
+class _Turn:
+    """The right to hold something large, from `take` until it is given back, at the latest at the end of the block."""
+
+    def __init__(self, turns: trio.CapacityLimiter) -> None:
+        self._turns = turns
+        self._taken = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    async def take(self) -> None:
+        """Wait for it. Does nothing if it is taken."""
+        if not self._taken:
+            await self._turns.acquire_on_behalf_of(self)
+            self._taken = True
+
+    def give_back(self) -> None:
+        """Let another have it. Does nothing if it is not taken."""
+        if self._taken:
+            self._turns.release_on_behalf_of(self)
+            self._taken = False
+
+    def __exit__(self, *_: object) -> None:
+        self.give_back()
+
+
+class _Large(Response):
+    """An answer that may be large: made when its turn has come, which is kept until it has been sent."""
+
+    def __init__(self, turns: trio.CapacityLimiter, make: Callable[[], Awaitable[object]]) -> None:
+        self._turns = turns
+        self._make = make
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with _Turn(self._turns) as turn:
+            await turn.take()
+            await answer(await self._make())(scope, receive, send)
+
+
 class EventStream(Response):
-    """An answer that goes on until the outcome, or until the client leaves."""
+    """An answer that goes on until the outcome, or until the client leaves; 204 if there is nothing to come."""
 
     def __init__(
-        self, stream: Stream, events: Subscription, *, text: bool, keep_alive_s: float, first: bytes
+        self, stream: Stream, params: SubscribeParams, turns: trio.CapacityLimiter, *, keep_alive_s: float
     ) -> None:
         self._stream = stream
-        self._events = events
-        self._text = text
+        self._params = params
+        self._turns = turns
         self._keep_alive_s = keep_alive_s
-        self._first = first  # sent at once
+        self._events: Subscription
 
-    @classmethod
-    async def opened(
-        cls, front: Front, stream: Stream, params: SubscribeParams, *, head: bool = False
-    ) -> Response:
-        """Return the answer to who wants events: 204 if there will be none. Raises SupervisorError."""
-        place, first = answers.place_of(params), b"retry: %d\n" % _RETRY_MS
-        shot = None
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it. Returns early if the client leaves. Raises SupervisorError, before anything is sent."""
+        with _Turn(self._turns) as turn:
+            if self._params.after == "snapshot":
+                await turn.take()
+            first = await self._open()
+            if self._events.at_end:
+                await Response(status_code=204)(scope, receive, send)
+                return
+            complete = False
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_until_gone, receive, nursery.cancel_scope)
+                await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+                await send(_body(first))
+                del first
+                turn.give_back()
+                while await self._read(send, turn):
+                    pass
+                complete = True
+                nursery.cancel_scope.cancel(reason="the answer is complete")
+        if complete:  # not in the nursery: with the end of an answer comes http.disconnect
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _open(self) -> bytes:
+        """Find the place to read from; return what is sent at once."""
+        stream, place = self._stream, answers.place_of(self._params)
+        first = b"retry: %d\n" % _RETRY_MS
+        shown = b""
         if place == "snapshot":
             folded = await stream.read_snapshot()  # it may no longer be in memory
             over = stream.outcome is not None and folded.seq == stream.tail_seq
             place = Cursor(folded.epoch, folded.seq - over)  # the outcome is to follow
+            told = answers.snapshot_message(stream, folded)
             shot = EventMessage(
-                kind="snapshot",
-                at=time.time(),
-                seq=place.seq,
-                first=1,
-                last=place.seq,
-                snapshot=answers.snapshot_message(stream, folded),
+                kind="snapshot", at=time.time(), seq=place.seq, first=1, last=place.seq, snapshot=told
             )
+            shown = b"event: snapshot\ndata: %b\n" % encode_event(shot)
         try:
-            events = stream.subscribe(place, max_behind=params.max_behind)
+            self._events = self._subscribed(place)
         except GapError as error:
-            place = _after_gap(error)
-            first += b"\n" + _gap(error)
-            events = stream.subscribe(place, max_behind=params.max_behind)
-        else:
-            first += b"id: %d-%d\n" % (events.cursor.epoch, events.cursor.seq)
-            if shot is not None:
-                first += b"event: snapshot\ndata: %b\n" % encode_event(shot)
-            first += b"\n"
-        if events.at_end:
-            return Response(status_code=204)
-        if head:
-            reply = Response(headers={name.decode(): value.decode() for name, value in _HEADERS})
-            del reply.headers["content-length"]
-            return reply
-        return cls(
-            stream,
-            events,
-            text=params.view == "text",
-            keep_alive_s=front.limits.keep_alive_s,
-            first=first,
-        )
+            self._events = self._subscribed(_after_gap(error))
+            return b"%b\n%b" % (first, _gap(error))
+        at = self._events.cursor
+        return b"%bid: %d-%d\n%b\n" % (first, at.epoch, at.seq, shown)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it. Returns early if the client leaves."""
-        del scope
-        complete = False
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_until_gone, receive, nursery.cancel_scope)
-            await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
-            await send(_body(self._first))
-            while await self._read(send):
-                pass
-            complete = True
-            nursery.cancel_scope.cancel(reason="the answer is complete")
-        if complete:  # not in the nursery: with the end of an answer comes http.disconnect
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+    def _subscribed(self, place: After) -> Subscription:
+        return self._stream.subscribe(place, max_behind=self._params.max_behind)
 
-    async def _read(self, send: Send) -> bool:
+    async def _read(self, send: Send, turn: _Turn) -> bool:
         """Send what there is up to the outcome; True if a gap was met, and there is more behind it."""
         with self._events as events:
             while True:
                 at, batch = events.cursor, None
+                if events.far_behind:  # what comes is a snapshot
+                    await turn.take()
                 try:
                     with trio.move_on_after(self._keep_alive_s):
                         batch = await events.next_batch(_BATCH_EVENTS)
                 except SupervisorError as error:
                     if isinstance(error, GapError) and (place := _after_gap(error)) != at:
                         await send(_body(_gap(error)))
-                        self._events = self._stream.subscribe(place, max_behind=events.max_behind)
+                        self._events = self._subscribed(place)
                         return True
                     await send(_body(b"event: failed\ndata: %b\n\n" % _encode(_told(error))))
                     return False
@@ -302,6 +339,8 @@ class EventStream(Response):
                     batch = batch[len(taken) :]
                     if data := self._encoded(taken, at.seq):
                         await send(_body(data))
+                del data
+                turn.give_back()
 
     def _encoded(self, events: Sequence[Event], after: int) -> bytes:
         """Return events of one epoch as they are sent. A `snapshot`, made in place of events that were missed, comes alone."""
@@ -310,7 +349,8 @@ class EventStream(Response):
             state = str(self._stream.state)
             messages = [snapshot_event(events[0], after=after, stream_id=self._stream.id, state=state)]
         else:
-            messages = text_messages(events) if self._text else event_messages(events)
+            text = self._params.view == "text"
+            messages = text_messages(events) if text else event_messages(events)
         return b"".join(
             [
                 b"id: %d-%d\nevent: %b\ndata: %b\n\n" % (epoch, m.seq, m.kind.encode(), encode_event(m))

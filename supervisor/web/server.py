@@ -75,6 +75,8 @@ class WebLimits:
     """The body of a request; a larger one: 413."""
     bodies_bytes: int = 256 << 20
     """The bodies of all requests that are being answered; one more: 503."""
+    large_answers: int = 16
+    """Answers that may be large (snapshots, lists) that are made and sent at the same time; more of them wait."""
     head_s: float = 10.0
     """From the first byte of a request to the end of its head; longer: 408."""
     idle_s: float = 75.0
@@ -478,6 +480,8 @@ class _Connection:
         async def gathered(message: Message) -> None:
             """Pass a message on; what comes of it is sent at once, and a head with the first piece of its body."""
             self._gathering = True
+            if body.unread and message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
             try:
                 await send(message)
             finally:
@@ -501,6 +505,7 @@ class _Body:
         self._size = 0
         self._whole = False
         self._stated = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        self._chunked = any(name == b"transfer-encoding" for name, _ in scope["headers"])
 
     async def receive(self) -> Message:
         """Return what comes next. Raises HTTPException 413, 408 or 503; a cancel takes nothing."""
@@ -531,6 +536,11 @@ class _Body:
         else:
             self._whole = True
         return message
+
+    @property
+    def unread(self) -> bool:
+        """Whether some of it may be on its way still: what is answered before that ends the connection, and has to say so."""
+        return not self._whole and (self._chunked or int(self._stated) > 0)
 
     def forget(self) -> None:
         """Hold it no more."""

@@ -293,6 +293,40 @@ async def test_a_reader_that_reads_nothing_holds_nothing_up() -> None:
         assert seen.count(b"event: data") + rest.body.count(b"event: data") == 100
 
 
+@pytest.mark.parametrize("what", ["/snapshot", "/events?after=snapshot", "/events?max_behind=1"])
+async def test_what_may_be_large_is_held_for_few_at_a_time(what: str) -> None:
+    """Who does not take a large answer keeps others from having theirs made, not from anything else, and only while it is there."""
+    async with scene(large_answers=1) as front:
+
+        async def large(out: Output) -> None:
+            for _ in range(40):
+                await out.send("x" * 400_000)
+            await trio.sleep_forever()
+
+        front.sources["large"] = large
+        stream_id = await front.start("large")
+        while front.supervisor.get(stream_id).tail_seq < 40:
+            await trio.testing.wait_all_tasks_blocked()
+        asked = f"GET /streams/{stream_id}{what} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode()
+        begun = b"event: snapshot" if "events" in what else b'{"id":'
+        async with front.client(receive_buffer=4096) as stalled, front.client() as other:
+            await stalled.send(asked)
+            await until(stalled, begun)
+            await other.send(asked)
+            waited = False
+            with trio.move_on_after(0.05):
+                await until(other, begun)
+                waited = True
+            assert not waited
+            assert (await front.ask("GET", f"/streams/{stream_id}")).status == 200
+            await trio.aclose_forcefully(stalled.stream)
+            if "max_behind" in what:  # the first piece has been read above
+                while b"event: snapshot" not in (await other.event()).data:
+                    pass
+            else:
+                await until(other, begun)
+
+
 async def test_a_head_is_no_reader() -> None:
     """HEAD of events answers as GET would begin, and ends."""
     async with scene() as front:
