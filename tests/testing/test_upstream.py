@@ -268,6 +268,20 @@ async def test_scripts_come_from_the_queue_then_the_callable_then_the_model() ->
         assert (await ask(up, "sim/nonsense")).status == 400
 
 
+async def test_a_body_that_is_no_text_is_refused() -> None:
+    """Junk costs its client a 400, and the simulator nothing."""
+    async with SimulatedUpstream() as up:
+        for body in (b'{"x":"\xff"}', b'{"x":' + b"[" * 100_000):
+            stream = await dial(up)
+            async with stream:
+                head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(
+                    body
+                )
+                await stream.send_all(head + body)
+                assert (await read_answer(stream)).status == 400
+        assert (await ask(up)).status == 200
+
+
 async def test_an_echoed_credential() -> None:
     """A provider that repeats the key in its message can be played."""
     async with SimulatedUpstream() as up:

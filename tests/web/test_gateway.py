@@ -240,6 +240,7 @@ async def test_a_json_answer_to_a_request_for_a_stream() -> None:
 MISTAKES = {
     "no JSON": (CHAT, b"{", {}, 400),
     "no object": (CHAT, b"[]", {}, 400),
+    "no text": (CHAT, b'{"model":"m","x":"\xff"}', {}, 400),
     "deep": (CHAT, b'{"a":' + b"[" * 100_000, {}, 400),
     "no model": (CHAT, b"{}", {}, 400),
     "a long model": (CHAT, b'{"model":"%b"}' % (b"m" * 513), {}, 400),

@@ -51,6 +51,25 @@ async def test_one_connection_carries_several_requests() -> None:
     assert server.statistics().connections == 0
 
 
+@pytest.mark.parametrize("how", ["content-length: 3", "transfer-encoding: chunked"])
+async def test_an_answer_before_the_body_says_that_the_connection_ends(how: str) -> None:
+    """A client whose body nobody reads is not left to find the connection closed when it uses it again."""
+
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        await PlainTextResponse("no", 401)(scope, receive, send)
+
+    for app, says in ((refuse, "close"), (echo, None)):
+        async with serving(app) as server, Client.of(server) as client:
+            await client.send(f"POST / HTTP/1.1\r\nhost: x\r\n{how}\r\n\r\n".encode())
+            if app is echo:
+                await client.send(b"one" if "length" in how else b"3\r\none\r\n0\r\n\r\n")
+            answer = await client.answer()
+            assert answer.headers.get("connection") == says
+    async with serving(refuse) as server, Client.of(server) as client:
+        await client.send(GET)
+        assert "connection" not in (await client.answer()).headers
+
+
 async def test_an_answer_takes_as_few_writes_as_it_has_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """A head goes out with the first piece of its body, be that empty, and the end of the chunks with the last piece."""
     written: list[bytes] = []

@@ -59,7 +59,7 @@ class Responder:
             if asked.stored is not None:
                 return self._stored(request, exchange, asked)
             script = self._script(request, asked, respond, default)
-        except (msgspec.DecodeError, ConfigurationError) as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ConfigurationError) as exc:
             return self._refusal(exchange, OPENAI_CHAT if asked is None else asked.shape, 400, str(exc))
         return self._told(request, exchange, asked, script)
 

@@ -75,10 +75,8 @@ _GOOGLE: Final = re.compile(
 class BadRequestError(Exception):
     """A request that cannot be understood, or not be served; `failure` is what its client is told."""
 
-    def __init__(self, status: int, code: str, message: str, *, unread: bool = False) -> None:
+    def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
-        self.unread = unread
-        """Whether the request's body was not read: then its connection cannot be used again."""
         self.failure = Failure(status=status, code=code, message=message, again=False)
 
 
@@ -235,6 +233,8 @@ def adapted(upstream: Upstream, asked: Asked) -> Upstream:
 
 def _known(body: bytes) -> _Body:
     try:
+        if not body.isascii():
+            body.decode()  # what is not read is not looked at, and no other program should stumble over it
         return _read_body(body)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise BadRequestError(400, "invalid_json", f"the body is not a JSON object: {error}") from None

@@ -193,7 +193,7 @@ class Gateway:
         """Return whose request it is. Raises BadRequestError for one that shows no key, or not the right one, or has been here."""
         if self._id in request.headers.get(VIA, "").split(", "):
             message = "this request has come back: an upstream's base_url leads to this gateway itself"
-            raise BadRequestError(508, "loop", message, unread=True)
+            raise BadRequestError(508, "loop", message)
         offered = _offered_keys(request)
         if self.keys:
             for key, tenant in self.keys:
@@ -206,12 +206,12 @@ class Gateway:
             if token is not None and any(token.matches(one) for one in offered):
                 return None
         message = "no key that this gateway knows was given" if offered else "a key is required"
-        raise BadRequestError(401, "invalid_api_key", message, unread=True)
+        raise BadRequestError(401, "invalid_api_key", message)
 
     async def _body(self, request: Request) -> bytes:
         if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
             message = "the body has to be sent as it is, not encoded"
-            raise BadRequestError(415, "content_encoding", message, unread=True)
+            raise BadRequestError(415, "content_encoding", message)
         return await request.body()
 
     # --- where it goes -----------------------------------------------------------------------------------------------
@@ -447,8 +447,7 @@ class _Endpoint:
         try:
             await self.serve(request, send)
         except BadRequestError as error:
-            closing = [(b"connection", b"close")] if error.unread else []
-            await send_failure(send, api, error.failure, closing)
+            await send_failure(send, api, error.failure)
         except ClientDisconnect:
             pass
         except HTTPException as error:  # of the body, which is too large or does not come
