@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import signal
 import termios
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from typing import Any, TextIO
 
@@ -22,6 +23,8 @@ from supervisor import Limits, Output, Supervisor, open_supervisor
 from supervisor.cli import main
 from supervisor.cli.top import Screen, keys_in, show
 from supervisor.control import ClientLimits, ControlServer, connect
+from supervisor.control.messages import ListResult
+from supervisor.errors import ControlClosedError
 from supervisor.observe import Figures
 
 WIDTH, HEIGHT = 160, 20
@@ -218,6 +221,36 @@ async def test_many_streams_on_a_small_screen() -> None:
         assert width < 26 or any(
             streams[1].id in line for line in lines
         )  # a column is shown whole, or is not
+
+
+@pytest.mark.parametrize(("code", "goes_on"), [(None, True), (4000, True), (4500, False)])
+async def test_a_connection_that_is_lost_under_a_question(code: int | None, goes_on: bool) -> None:
+    """It asks again, unless the same would happen again."""
+    told, _ = await _told(0)
+    asked = 0
+
+    class Flaky:
+        async def overview(self) -> Any:
+            nonlocal asked
+            asked += 1
+            if asked == 2:
+                raise ControlClosedError(code, "lost")
+            if asked == 4:
+                os.write(master, b"q")
+            return told
+
+        async def list(self, **_: Any) -> Any:
+            return ListResult(streams=(), next=None)
+
+    master, slave = pty.openpty()
+    out = Console(file=io.StringIO(), force_terminal=True, width=WIDTH, height=HEIGHT)
+    try:
+        with trio.fail_after(20), nullcontext() if goes_on else pytest.RaisesGroup(ControlClosedError):
+            assert await show(Flaky(), out, slave, interval_s=0) == 0  # type: ignore[arg-type]  # all that it asks
+    finally:
+        os.close(slave)
+        os.close(master)
+    assert (asked >= 4) == goes_on
 
 
 async def test_rates_and_order() -> None:
