@@ -318,6 +318,7 @@ def test_what_is_no_text(browser: Browser, daemon: Daemon, api: httpx.Client) ->
     calling = start(
         api, "sim/ok?reasoning=A+tool+will+do&tool=weather&tool_arguments=%7B%22city%22%3A%22Paris%22%7D"
     )
+    refused = start(api, "sim/401")
     missing = "the server responded with a status of 404"
     with opened(browser, daemon.http, token=TOKEN, place=f"#/streams/{thinking}", allowed=[missing]) as page:
         expect(page.locator("#thoughts-text")).to_be_visible()
@@ -325,6 +326,11 @@ def test_what_is_no_text(browser: Browser, daemon: Daemon, api: httpx.Client) ->
         page.evaluate("id => { location.hash = `#/streams/${id}` }", calling)
         expect(page.locator("#calls-text")).to_have_text('weather({"city":"Paris"})')
         expect(page.locator("#thoughts-text")).to_have_text("A tool will do")
+        for _ in range(2):  # what is the same as before is shown again
+            page.evaluate("id => { location.hash = `#/streams/${id}` }", refused)
+            expect(page.locator("#timeline .moments")).to_contain_text("failed(http_status)")
+            expect(page.locator("#facts")).to_contain_text("HTTP 401")
+            page.locator("#close").click()
         page.evaluate("location.hash = '#/streams/nobody'")
         expect(page.locator("#detail-said")).to_have_text("There is no such stream: it has been removed.")
         expect(page.locator("#calls")).to_be_hidden()

@@ -37,11 +37,11 @@ async function ask(method, path, body) {
   } catch {
     throw new ApiError(0, { kind: "unreachable", message: "The daemon cannot be reached." });
   }
-  let answer = null;
+  let answer;
   try {
-    answer = text === "" ? null : JSON.parse(text);
+    answer = JSON.parse(text);
   } catch {
-    answer = null;
+    answer = null; // a proxy's page, say
   }
   if (!response.ok) throw new ApiError(response.status, answer?.error ?? { message: `HTTP ${response.status}` });
   return answer;

@@ -39,6 +39,7 @@ export class Detail {
     this.trace = null;
     this.traceDue = 0;
     this.outcomeTold = false;
+    this.factsTold = null;
     show(this.element, true);
     setText(byId("detail-title"), id);
     setText(byId("detail-line"), "");

@@ -29,11 +29,6 @@ function fill(element, attributes, children) {
   return element;
 }
 
-/** One of the symbols at the head of the page; it says nothing to a screen reader. */
-export function icon(name) {
-  return draw("svg", { class: "icon", "aria-hidden": "true" }, draw("use", { href: `#icon-${name}` }));
-}
-
 /** Set an element's text, if it is another. */
 export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;

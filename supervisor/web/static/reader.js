@@ -143,12 +143,12 @@ export class Reader {
 }
 
 /** The place that an id `epoch-seq` names; null for no id. */
-export function placeOf(id) {
+function placeOf(id) {
   const match = /^(\d+)-(\d+)$/.exec(id ?? "");
   return match ? { epoch: Number(match[1]), seq: Number(match[2]) } : null;
 }
 
 /** Whether one place comes after another. */
-export function after(one, other) {
+function after(one, other) {
   return one.epoch > other.epoch || (one.epoch === other.epoch && one.seq > other.seq);
 }

@@ -9,7 +9,7 @@ import { NOTHING, bytes, compact, count, duration, ended, modelOf, nameOf, rate,
 
 const PAGE = 100;
 const HELD_MS = 3000;
-export const QUIET_S = 10; // from here on a live stream's silence is worth a colour
+const QUIET_S = 10; // from here on a live stream's silence is worth a colour
 
 const RANK = ["error", "idle", "streaming", "cancelled", "complete"];
 

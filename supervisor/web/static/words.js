@@ -14,7 +14,7 @@ const WORDS = {
   expired: "error",
 };
 
-export const ENDED = ["complete", "cancelled", "error"];
+const ENDED = ["complete", "cancelled", "error"];
 
 /** The word for a state, as a row shows it. */
 export function wordOf(state) {
