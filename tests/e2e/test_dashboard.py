@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from tests.e2e.browser import chromium, opened, picture, violations
 from tests.e2e.processes import TOKEN, WAIT_S, Daemon, simulated_upstream, start_daemon
@@ -371,6 +371,7 @@ def test_the_daemon_is_killed_and_comes_back(browser: Browser, upstream: str, tm
             expect(page.locator("#lost")).to_be_visible()
             expect(page.locator("#link")).to_have_text("Connection lost.")
             assert text_of(page) == seen
+            assert violations(page) == []
 
             port = str(urlsplit(first.http).port)
             second = start_daemon(tmp_path, upstream, "--web-port", port, config=config)
@@ -462,6 +463,44 @@ def test_for_everybody(browser: Browser, daemon: Daemon, api: httpx.Client, sche
             assert violations(page) == []
     finally:
         api.delete(f"/streams/{live}")
+
+
+def test_what_is_wrong_is_told(browser: Browser, daemon: Daemon) -> None:
+    """Problems, limits that are near and open circuits stand out in words, not in colour alone, and go when they are over."""
+    trouble = True
+
+    def worse(route: Route) -> None:
+        answer = route.fetch()
+        told = answer.json()
+        if trouble:
+            told |= {"status": "degraded", "problems": ["the store cannot write: disk full"]}
+            told["active"]["live"] = 9_500
+            told["memory"]["pressure"] = True
+            circuit = {
+                "state": "open",
+                "failures": 9,
+                "successes": 1,
+                "opened": 2,
+                "refused": 7,
+                "trial_in_s": 4.0,
+            }
+            told["circuits"]["broken"] = circuit
+        route.fulfill(response=answer, json=told)
+
+    with opened(browser, daemon.http, token=TOKEN) as page:
+        page.route("**/overview", worse)
+        expect(page.locator("#problems")).to_have_text("the store cannot write: disk full")
+        expect(page.locator("#status")).to_have_text("degraded")
+        expect(page.locator("#tile-live")).to_have_attribute("data-alarm", "high")
+        expect(page.locator("#memory-foot")).to_contain_text("short of memory")
+        expect(page.locator("#circuits li").first).to_contain_text("circuit open")
+        expect(page.locator("#circuits li").first).to_contain_text("refused 7 · tried again in 4.0 s")
+        assert violations(page) == []
+        trouble = False
+        expect(page.locator("#problems")).to_be_hidden()
+        expect(page.locator("#status")).to_have_text("ok")
+        expect(page.locator("#circuits")).not_to_contain_text("circuit open")
+        page.unroute_all(behavior="wait")
 
 
 def test_on_a_phone(browser: Browser, daemon: Daemon, api: httpx.Client) -> None:
