@@ -313,6 +313,7 @@ async def test_what_may_be_large_is_held_for_few_at_a_time(what: str) -> None:
             await stalled.send(asked)
             await until(stalled, begun)
             await other.send(asked)
+            await trio.testing.wait_all_tasks_blocked(0.02)
             waited = False
             with trio.move_on_after(0.05):
                 await until(other, begun)
@@ -325,6 +326,25 @@ async def test_what_may_be_large_is_held_for_few_at_a_time(what: str) -> None:
                     pass
             else:
                 await until(other, begun)
+
+
+@pytest.mark.parametrize("query", ["?after=snapshot", "?max_behind=1"])
+async def test_who_has_its_snapshot_holds_up_nobody(query: str) -> None:
+    """Once its snapshot is sent, a reader goes on for as long as it likes, and others get theirs."""
+    async with scene(large_answers=1) as front:
+
+        async def begun(out: Output) -> None:
+            for _ in range(3):
+                await out.send("begun ")
+            await trio.sleep_forever()
+
+        front.sources["begun"] = begun
+        stream_id = await front.start("begun")
+        asked = f"GET /streams/{stream_id}/events{query} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode()
+        async with front.client() as first, front.client() as second:
+            for client in (first, second):
+                await client.send(asked)
+                await until(client, b"event: snapshot")
 
 
 async def test_a_head_is_no_reader() -> None:

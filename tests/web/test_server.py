@@ -8,7 +8,7 @@ import pytest
 import trio
 import trio.testing
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import FileResponse, PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from tests.web.wire import Client, serving
@@ -98,6 +98,12 @@ async def test_an_answer_takes_as_few_writes_as_it_has_pieces(monkeypatch: pytes
         assert second == b"3\r\ntwo\r\n0\r\n\r\n"
         await client.send(b"GET /head HTTP/1.1\r\nhost: x\r\n\r\n")
         assert (await client.event()).status_code == 200
+
+
+async def test_a_file_is_read_and_sent() -> None:
+    """A file that is answered with goes the way of every answer: there is no way around the bounds for it."""
+    async with serving(FileResponse(__file__)) as server, Client.of(server) as client:
+        assert (await client.ask("GET", "/")).body == await trio.Path(__file__).read_bytes()
 
 
 async def test_a_body_in_pieces_and_one_that_waits_to_be_asked_for() -> None:
