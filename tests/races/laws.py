@@ -76,6 +76,35 @@ class Seen:
 
 
 @attrs.define
+class Told:
+    """What an observer was told, as figures and spans are: laws 1 and 3 hold for it too.
+
+    What it raises is only logged, so a stream of which it was told wrongly stays `live` for it.
+    """
+
+    store: MomentaryStore
+    live: list[str] = attrs.field(factory=list)
+    outcomes: dict[str, Outcome] = attrs.field(factory=dict)
+
+    def started(self, stream: Stream) -> None:
+        self.live.append(stream.id)
+
+    def attempted(self, stream: Stream, record: object) -> None:
+        pass
+
+    def began(self, stream: Stream) -> None:
+        pass
+
+    def ended(self, stream: Stream, outcome: Outcome | None) -> None:
+        assert outcome is not None
+        assert self.store.durable_outcomes[stream.id] == outcome.to_json(), (
+            "law 3: told before it was durable"
+        )
+        self.live.remove(stream.id)
+        self.outcomes[stream.id] = outcome
+
+
+@attrs.define
 class Race:
     """One run of one race; `check` raises AssertionError if a law was broken."""
 
@@ -85,6 +114,7 @@ class Race:
     wire: Wire
     seen: Seen
     parent: trio.CancelScope
+    told: Told
     lead: int = 0
     keeper: Subscription | None = None
     """A reader from the first moment on, where there is an `on_detach`: it does not read, and leaves when it is closed."""
@@ -128,6 +158,7 @@ class Race:
         assert stream.state is outcome.state
         assert self.store.durable_outcomes == {**self.store.durable_outcomes, stream.id: outcome.to_json()}
         assert all(seen == outcome for seen in self.seen.outcomes), "law 1: two truths"
+        assert (self.told.live, self.told.outcomes[stream.id]) == ([], outcome), "law 1: two truths, or none"
         ended = self.sup.statistics().ended
         mine = ended[outcome.state.value][outcome.reason]
         others = self.sup.statistics().started - 1
@@ -255,6 +286,8 @@ async def run_race(
             store=store, memory=policy, limits=Limits(cleanup_s=500), new_id=iter_ids()
         ) as sup:
             await trio.testing.wait_all_tasks_blocked()  # the orders before the race are not what it is about
+            told = Told(store)
+            sup.observe(told)
             lag = max(0, -lead)
             stream = sup.start_nowait(
                 source_that(ends, wire, lag) if isinstance(ends, str) else ends(wire, lag),
@@ -262,7 +295,7 @@ async def run_race(
                 deadlines=deadlines or Deadlines(first_event_s=None, idle_s=None, total_s=900),
                 on_detach=on_detach or OnDetach(),
             ).stream
-            race = Race(sup, stream, store, wire, Seen(), parent, max(0, lead))
+            race = Race(sup, stream, store, wire, Seen(), parent, told, max(0, lead))
             if on_detach is not None:
                 race.keeper = stream.subscribe().__enter__()
             await trio.testing.wait_all_tasks_blocked()
