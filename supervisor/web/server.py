@@ -44,6 +44,7 @@ _log = logging.getLogger("supervisor.web")
 
 _READ_BYTES = 1 << 16
 _LINGER_BYTES = 1 << 20
+_MAX_REFUSING = 64
 _IN_A_ROW_BYTES = 256 << 10
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\n"
@@ -150,6 +151,7 @@ class WebServer:
         self.ports: tuple[int, ...] = ()
         """The ports listened on, once `run` has started."""
         self._connections: set[_Connection] = set()
+        self._refusing = 0
         self._ended = trio.Event()
 
     def __repr__(self) -> str:
@@ -191,9 +193,12 @@ class WebServer:
 
     async def handle(self, transport: trio.SocketStream) -> None:
         """Serve one connection to its end. Raises nothing but `trio.Cancelled`."""
+        if self.context.terminated.is_set():
+            await trio.aclose_forcefully(transport)
+            return
         if len(self._connections) >= self.limits.max_connections and not self._make_room():
             self.counts.refused_full += 1
-            await _refuse(transport, self.limits.linger_s)
+            await self._refuse(transport)
             return
         connection = _Connection(self, transport)
         self._connections.add(connection)
@@ -215,19 +220,22 @@ class WebServer:
         connection, _ = self.idle.popitem(last=False)
         self._connections.discard(connection)
         self.counts.made_room += 1
-        connection.reading.cancel(reason="room was needed")
+        connection.drop()
         return True
 
-
-async def _refuse(transport: trio.SocketStream, within_s: float) -> None:
-    """Say that there is no room."""
-    with trio.move_on_after(within_s):
+    async def _refuse(self, transport: trio.SocketStream) -> None:
+        """Say that there is no room; to so many at the same time, that is: the others are told nothing."""
+        self._refusing += 1
         try:
-            await transport.send_all(_FULL % (len(_FULL_BODY), _FULL_BODY))
-            await _linger(transport)
+            if self._refusing <= _MAX_REFUSING:
+                with trio.move_on_after(self.limits.linger_s):
+                    await transport.send_all(_FULL % (len(_FULL_BODY), _FULL_BODY))
+                    await _linger(transport)
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
             pass
-    await trio.aclose_forcefully(transport)
+        finally:
+            self._refusing -= 1
+            await trio.aclose_forcefully(transport)
 
 
 async def _linger(transport: trio.SocketStream) -> None:
@@ -367,6 +375,11 @@ class _Connection:
         finally:
             await trio.aclose_forcefully(transport)
 
+    def drop(self) -> None:
+        """End it, with no more words."""
+        self._dead = True
+        self.reading.cancel(reason="it was dropped")
+
     async def receive(self) -> bytes:
         """Return what the client sends next. Raises _Left."""
         try:
@@ -437,7 +450,7 @@ class _Connection:
             except BlockingIOError:
                 pass
             except OSError:
-                self._break()
+                self.drop()
                 return
             if sent == len(data):
                 self._in_a_row += sent
@@ -458,11 +471,7 @@ class _Connection:
                 pass
             finally:
                 if not whole:  # what has been cut short cannot be gone on with
-                    self._break()
-
-    def _break(self) -> None:
-        self._dead = True
-        self.reading.cancel(reason="nothing can be sent")
+                    self.drop()
 
     async def _serve(
         self,

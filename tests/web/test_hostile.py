@@ -191,8 +191,9 @@ async def test_bodies_are_bounded_together() -> None:
             await trio.testing.wait_all_tasks_blocked()
 
 
-async def test_connections_are_bounded() -> None:
-    """At the limit who has had no request for the longest makes room; if everybody has one, the newcomer is told 503."""
+async def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the limit who has had no request for the longest makes room; else newcomers are told 503, but few at the same time."""
+    monkeypatch.setattr("supervisor.web.server._MAX_REFUSING", 1)
     app = Endless()
     async with (
         serving(app, max_connections=3) as server,
@@ -211,13 +212,14 @@ async def test_connections_are_bounded() -> None:
                 refused = await fifth.answer()
                 assert (refused.status, refused.kind) == (503, "too_many_connections")
                 assert await fifth.closed() == b""
+                async with Client.of(server) as sixth:
+                    assert await sixth.closed() == b""
             figures = server.statistics()
-            assert (figures.connections, figures.busy, figures.made_room, figures.refused_full) == (
-                3,
-                3,
-                1,
-                1,
-            )
+            assert (figures.connections, figures.busy) == (3, 3)
+            assert (figures.made_room, figures.refused_full) == (1, 2)
+            await trio.testing.wait_all_tasks_blocked()
+            async with Client.of(server) as seventh:
+                assert (await seventh.answer()).status == 503
 
 
 async def test_what_is_sent_ahead_is_bounded() -> None:

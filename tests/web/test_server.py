@@ -260,6 +260,8 @@ async def test_the_end_lets_answers_be_completed() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.end)
             assert await idle.closed() == b""
+            async with Client.of(server) as late:
+                assert await late.closed() == b""
             go.set()
             assert (await busy.answer()).body == b"/"
             assert await busy.closed() == b""
