@@ -93,7 +93,7 @@ async function problem(error) {
   failures += 1;
   turn = 0; // once it is back, everything is asked for
   const since = lastGood === null ? "" : ` What is shown is from ${second(lastGood)}.`;
-  setText(byId("status-word"), "unreachable");
+  setText(byId("status-word"), "offline");
   setText(byId("lost"), `${error.message}${since} Trying again.`);
   show(byId("lost"), true);
   if (document.body.dataset.link !== "lost") {
