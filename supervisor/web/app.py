@@ -39,7 +39,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -199,6 +199,7 @@ def create_app(front: Front, parts: Iterable[Part] = ()) -> Starlette:
             )
         )
     handlers: dict[Any, Any] = {
+        ClientDisconnect: _nobody,
         HTTPException: _refused,
         RpcError: _refused,
         SupervisorError: _refused,
@@ -264,6 +265,11 @@ async def _refused(request: Request, error: Exception) -> Response:
         message = "there is nothing here" if error.status_code == 404 else error.detail
         return problem(kind, message, status=error.status_code, headers=error.headers)
     return _problem(error_for(error), None, None)
+
+
+async def _nobody(request: Request, error: Exception) -> None:
+    """Answer nothing to who has left before its body was whole."""
+    del request, error
 
 
 # --- the gate --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -14,6 +16,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from supervisor.web.server import WebServer
+from tests.web.scene import scene
 from tests.web.test_server import GET, Endless, echo
 from tests.web.wire import Client, serving
 
@@ -328,3 +331,81 @@ async def test_a_length_beside_chunks_smuggles_nothing() -> None:
         assert first.body == b"/a" or first.status == 400
         if first.status == 200:
             assert (await client.answer()).body == b"/b"
+
+
+SEEDS = (
+    b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n",
+    b'POST /streams HTTP/1.1\r\nhost: localhost\r\ncontent-length: 34\r\n\r\n{"upstream": "ten", "prompt": "x"}',
+    b"POST /streams HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    b"GET /streams/ID/events?after=1-0 HTTP/1.1\r\nhost: localhost\r\nlast-event-id: 1-2\r\n\r\n",
+    b"POST /session HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n{}",
+    b"OPTIONS * HTTP/1.1\r\nhost: localhost\r\norigin: http://x\r\ncookie: a=b\r\n\r\n",
+)
+PIECES = (
+    *(
+        b"\r\n",
+        b"\n",
+        b"\0",
+        b"\xff",
+        b" ",
+        b":",
+        b"/../",
+        b"%00",
+        b"%ff",
+        b"?",
+        b"HTTP/1.0",
+        b"ffffffff\r\n",
+    ),
+    *(b"transfer-encoding: chunked\r\n", b"content-length: 5\r\n", b"connection: close\r\n", b"0\r\n\r\n"),
+    *(b"upgrade: h2c\r\nconnection: upgrade\r\n", b"expect: 100-continue\r\n", b"host: x\r\n"),
+)
+
+
+def nearly(draw: random.Random) -> bytes:
+    """Return one to three requests with up to four mistakes in them."""
+    data = bytearray(b"".join(draw.choices(SEEDS, k=draw.choice((1, 1, 2, 3)))))
+    for _ in range(draw.randrange(5)):
+        at = draw.randrange(len(data) + 1)
+        other = draw.randrange(len(data) + 1)
+        match draw.randrange(5):
+            case 0:
+                data[at : at + 1] = bytes([draw.randrange(256)])
+            case 1:
+                data[at:at] = draw.choice(PIECES)
+            case 2:
+                del data[at : at + draw.randrange(8)]
+            case 3:
+                del data[at:]
+            case _:
+                data[at:at] = data[min(at, other) : max(at, other)][:50]
+    return bytes(data) or b"x"
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_requests_that_are_nearly_right(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Requests with mistakes anywhere, cut into pieces anywhere, from many clients: each comes to an end, and none to an error of ours."""
+    draw = random.Random(seed)
+    brief = {"head_s": 0.05, "idle_s": 0.05, "body_s": 0.05, "linger_s": 0.02, "leave_s": 0.1}
+    async with scene(**brief) as front:
+        stream_id = (await front.ended()).encode()
+
+        async def try_it(data: bytes, size: int) -> None:
+            async with front.client() as client:
+                try:
+                    for at in range(0, len(data), size):
+                        await client.send(data[at : at + size])
+                    with trio.move_on_after(0.2):
+                        await client.closed()
+                except trio.BrokenResourceError:
+                    pass
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(60):
+                data = nearly(draw).replace(b"ID", stream_id)
+                nursery.start_soon(try_it, data, draw.choice((1, 7, 10_000)))
+        while front.server.statistics().connections:
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        assert (await front.ask("GET", "/healthz")).status == 200
+        figures = front.server.statistics()
+        assert (figures.crashes, figures.body_bytes) == (0, 0)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
