@@ -275,7 +275,7 @@ def test_text_over_several_attempts(
 ) -> None:
     """Where an answer breaks off and goes on, or begins anew, the page shows the text that holds: live, afterwards, and if opened between."""
     first_after_s = 0.8 if between else 0
-    model = f"sim/ok?tokens=60&interval_s=0.02&fault=drop&after=40&times=1&first_after_s={first_after_s}&key={rung}{between}"
+    model = f"sim/ok?tokens=40&interval_s=0.02&fault=drop&after=25&times=1&first_after_s={first_after_s}&key={rung}{between}"
     upstream = "goes-on" if rung == "continuation" else "sim"
     with opened(browser, daemon.http, token=TOKEN) as page:
         expect(page.locator("#status-word")).to_have_text("ok")
