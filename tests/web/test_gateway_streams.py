@@ -11,6 +11,8 @@ import pytest
 import trio
 import trio.testing
 
+from supervisor.errors import SupervisorError
+from supervisor.streams import Limits
 from supervisor.upstream import Upstream
 from supervisor.web.gateway import GatewayClient, GatewayConfig, GatewayRoute
 from tests.web.gateways import (
@@ -177,6 +179,26 @@ async def test_a_response_is_asked_of_the_upstream_that_made_it() -> None:
         )
         assert (await client.delete(at)).status_code == 404  # which the simulated provider does not have
         assert place.up.requests[-1].method == "DELETE"
+
+
+async def test_a_response_is_remembered_from_its_beginning() -> None:
+    """Also if its answer is too long to be kept in memory, or its client leaves after the first events."""
+    path, body = STREAMED["responses"]
+    routes = (GatewayRoute(models=("sim/*",), upstream="chat"), GatewayRoute(upstream="first"))
+    config, limits = GatewayConfig(routes=routes), Limits(fold_bytes=16)
+    async with (
+        gateway_at(upstreams=first_and_chat, config=config, limits=limits) as place,
+        place.client() as client,
+    ):
+        long = await client.post(path, json={**body, "model": "sim/ok?tokens=60"})
+        assert (long.status_code, b"response.completed" in long.content) == (200, True)
+        with pytest.raises(SupervisorError):
+            place.sup.get(place.newest().id).snapshot()
+        async with asking_at(place, path, {**body, "model": "sim/stall?after=1"}) as connection:
+            assert b"response.created" in await connection.receive_some()
+        for number in (1, 2):
+            await client.get(f"{path}/resp_sim0000000{number}")
+            assert place.up.requests[-1].target == f"{path}/resp_sim0000000{number}"
 
 
 async def test_the_responses_remembered_are_bounded() -> None:

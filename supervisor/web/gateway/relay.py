@@ -187,8 +187,8 @@ class Relay:
     answered: Callable[[], Answered | None]
     """How the upstream answered, once it has."""
     keep_alive_s: float
-    on_events: Callable[[], None]
-    """Called when the first events have been taken, and at the end."""
+    on_first: Callable[[str, bytes], None]
+    """Given the first event, its name and payload, before it is sent."""
     _framing: Framing | None = None
     """Set with the head."""
     _events: int = 0
@@ -214,7 +214,6 @@ class Relay:
     async def _tell(self, batch: Sequence[Event]) -> bool:
         """Send what a batch has. True if that was the end."""
         parts: list[bytes] = []
-        begins = self._events == 0
         for event in batch:
             kind = event.kind
             if kind == "data":
@@ -229,16 +228,15 @@ class Relay:
                 self._take(event.name, kept, parts)
             elif kind == "outcome":
                 await self._flush(parts)
-                self.on_events()
                 await self._end(Outcome.from_json(event.payload))
                 return True
-        if begins and self._events:
-            self.on_events()
         await self._flush(parts)
         return False
 
     def _take(self, name: str, payload: bytes, parts: list[bytes]) -> None:
         """Put one event to what is to be sent, in the upstream's framing."""
+        if not self._events:
+            self.on_first(name, payload)
         framing = self._framing
         if framing is None:
             framing = self._likely_framing()

@@ -27,7 +27,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from supervisor.control.auth import Token
-from supervisor.dialects import Call
+from supervisor.dialects import Call, UnparseableError
 from supervisor.errors import SupervisorError, UnknownStreamError
 from supervisor.streams import Deadlines, OnDetach, Started, State, Stream
 from supervisor.upstream.attempt import Transport, ask
@@ -277,8 +277,8 @@ class Gateway:
         if stream.key is not None:
             latest = self._answered.setdefault(stream, latest)
 
-        def learn() -> None:
-            response_id = stream.snapshot().response_id if asked.endpoint.api is RESPONSES else None
+        def learn(name: str, payload: bytes) -> None:
+            response_id = _response_id(asked, name, payload) if asked.endpoint.api is RESPONSES else None
             if response_id is not None:
                 self._remember(response_id, _Made(stream.info().upstream or "", tenant))
 
@@ -290,13 +290,17 @@ class Gateway:
             send=send,
             answered=lambda: latest[-1] if latest else None,
             keep_alive_s=self.config.keep_alive_s,
-            on_events=learn,
+            on_first=learn,
         )
         with stream.subscribe(after="start") as events:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_until_left, request.receive, nursery.cancel_scope)
                 await relay.run(events)
                 nursery.cancel_scope.cancel(reason="it has been told")
+        if (
+            stream.state is State.FAILED
+        ):  # it is told as it was to whoever is reading, and asked anew for others
+            self._answered.pop(stream, None)
 
     def _start(
         self, request: Request, asked: Asked, tenant: str | None, chosen: _Chosen, latest: list[Answered]
@@ -455,6 +459,15 @@ class _Endpoint:
             await send_failure(send, api, failure)
         except SupervisorError as error:
             await send_failure(send, api, failure_here(error))
+
+
+def _response_id(asked: Asked, name: str, payload: bytes) -> str | None:
+    """Return the id that a response of OpenAI's first event has."""
+    try:
+        meant = asked.dialect.reader().read(payload, name or "message")
+    except UnparseableError:
+        return None
+    return next((delta.response_id for delta in meant if delta.response_id is not None), None)
 
 
 async def _until_left(receive: Receive, scope: trio.CancelScope) -> None:
