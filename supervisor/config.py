@@ -427,6 +427,9 @@ def _read(cls: type[_T], value: object, where: _Where, **extra: Any) -> _T:
         if key not in known:
             raise where.unknown(key, known)
         options[key] = _converted(given, hints[key], where, key)
+    for field in attrs.fields(cls):  # type: ignore[arg-type]  # as above
+        if field.default is attrs.NOTHING and field.name not in {*options, *extra}:
+            raise where.error(field.name, None, f"{described(hints[field.name])}: it cannot be left out")
     try:
         return cls(**options, **extra)
     except ConfigurationError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +358,25 @@ def toml(value: Any) -> str:
         text = repr(value)
         return text if any(mark in text for mark in ".en") else f"{text}.0"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "[[gateway.clients]]\nkey_env = 'X'",
+            "[gateway.clients[0]] tenant: None is not valid; expected a string",
+        ),
+        (
+            "[[gateway.routes]]\nmodels = ['m']",
+            "[gateway.routes[0]] upstream: None is not valid; expected a string",
+        ),
+    ],
+)
+def test_a_key_that_cannot_be_left_out(text: str, said: str) -> None:
+    """A table that lacks a key which has no default is refused by the name of the key."""
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        parse(text)
 
 
 @given(st.sampled_from(KEYS), VALUES)
