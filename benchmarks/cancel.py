@@ -4,7 +4,7 @@ One stream is cancelled at a time, while all the others go on being consumed. Wh
 socket saw the end, minus when the cancel was called; both are read from the machine's one monotonic clock. It holds
 everything: the call, the loop getting round to it, unwinding the task, the close, the upstream noticing.
 
-- `ours`: `await stream.cancel()` on the whole supervisor, with an HttpSource and a MemoryStore.
+- `ours`: `await stream.cancel()` on the whole supervisor, with an HttpSource and a MemoryStore; garbage is tended as in a daemon.
 - `httpx`: stock httpx on trio, one AsyncClient shared by all, `aiter_raw`; the stream's own cancel scope is cancelled.
 - `httpx, asyncio`: the same on asyncio; `task.cancel()`.
 
@@ -131,14 +131,15 @@ async def _drive(measured: Measured, start, cancel) -> None:
 
 
 async def ours(measured: Measured, target: consume.Target) -> None:
-    from supervisor import open_supervisor
+    from supervisor import garbage, open_supervisor
     from supervisor.upstream.catalog import Upstream
 
     transport = target.transport()
     upstream = Upstream(name="pacer", base_url=target.base_url)
     streams: dict[int, Any] = {}
 
-    async with open_supervisor() as sup:
+    async with open_supervisor() as sup, trio.open_nursery() as tending:
+        tending.start_soon(garbage.tend, sup)
 
         async def start(number: int) -> None:
             streams[number] = await sup.start(upstream.source(_body(number), transport=transport))
@@ -153,6 +154,7 @@ async def ours(measured: Measured, target: consume.Target) -> None:
         measured.count = count
         await _drive(measured, start, cancel)
         await sup.shutdown()
+        tending.cancel_scope.cancel()
 
 
 async def _consume(client, target: consume.Target, measured: Measured, number: int) -> None:
@@ -319,7 +321,7 @@ async def start_all(start: Callable[[int], Any], live: Callable[[int], bool], st
 
 
 async def _all_of_ours(given: dict[str, Any], target: consume.Target, stalls: Stalls) -> dict[str, float]:
-    from supervisor import Limits, SQLiteStore, open_supervisor
+    from supervisor import Limits, SQLiteStore, garbage, open_supervisor
     from supervisor.upstream.catalog import Upstream
 
     transport = target.transport()
@@ -328,7 +330,9 @@ async def _all_of_ours(given: dict[str, Any], target: consume.Target, stalls: St
     streams: list[Any] = []
     with tempfile.TemporaryDirectory() as directory:
         store = SQLiteStore(Path(directory) / "streams.db") if "SQLite" in given["contender"] else None
-        async with open_supervisor(store=store, limits=Limits(max_live=count)) as sup:
+        limits = Limits(max_live=count)
+        async with open_supervisor(store=store, limits=limits) as sup, trio.open_nursery() as tending:
+            tending.start_soon(garbage.tend, sup)
 
             async def start(number: int) -> None:
                 streams.append(await sup.start(upstream.source(_body(number), transport=transport)))
@@ -343,6 +347,7 @@ async def _all_of_ours(given: dict[str, Any], target: consume.Target, stalls: St
             stalls.watching = False
             assert all(result.outcome == "won" for result in results), results
             await sup.shutdown()
+            tending.cancel_scope.cancel()
     return {"at": at, "settled_s": settled_s, "live": alive}
 
 
