@@ -43,7 +43,8 @@ async def test_a_key_joins_the_same_answer() -> None:
             again = {**body, "model": "sim/500?times=1"}
             answer = await client.post(path, json=again, headers={"x-stream-key": "k2"})
             assert answer.status_code == status
-        for other_path, other in (WHOLE["chat"], STREAMED["messages"], (path, {**body, "model": "m"})):
+        others = (path, {**body, "model": "m"}), (path, {**body, "temperature": 0})
+        for other_path, other in (WHOLE["chat"], STREAMED["messages"], *others):
             conflict = await client.post(other_path, json=other, headers=headers)
             assert conflict.status_code == 409
         assert place.up.request_count == 3

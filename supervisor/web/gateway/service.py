@@ -9,6 +9,7 @@ and the upstream's socket is closed in that step, or it keeps on, to be read by 
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 import weakref
@@ -325,6 +326,8 @@ class Gateway:
         meta: dict[str, Any] = {"endpoint": asked.endpoint.path, "streamed": asked.streamed}
         if asked.model is not None:
             meta["model"] = asked.model
+        if key is not None:  # by which the same request is known
+            meta["request_sha256"] = hashlib.sha256(asked.body).hexdigest()
         started = supervisor.start_nowait(
             source,
             key=key,
