@@ -48,10 +48,13 @@ class SupervisorError(Exception):
 
 
 class ConfigurationError(SupervisorError, ValueError):
-    """An option has a value it cannot have: names the field, the value and what would be right."""
+    """An option has a value it cannot have: names the field, the value and what would be right.
 
-    def __init__(self, field: str, value: object, expected: str) -> None:
-        super().__init__(f"{field}: {_shown(value)} is not valid; expected {expected}")
+    told: what is wrong, where "VALUE is not valid" does not say it.
+    """
+
+    def __init__(self, field: str, value: object, expected: str, *, told: str | None = None) -> None:
+        super().__init__(f"{field}: {told or f'{_shown(value)} is not valid'}; expected {expected}")
         self.field = field
         self.value = value
         self.expected = expected

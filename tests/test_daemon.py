@@ -439,7 +439,7 @@ async def test_a_prompt_is_asked_as_each_dialect_has_it() -> None:
                 assert provider.ledger[-1].request.json() == {"model": "m-2", "n": 1, "stream": True}
                 assert await start("generic", prompt="Hi")
                 for name in set(PROMPTED) - {"generic"}:
-                    with pytest.raises(RequestError, match="the name of a model"):
+                    with pytest.raises(RequestError, match="model: it is missing"):
                         await start(name, prompt="Hi")
                 with pytest.raises(RequestError, match="words alone"):
                     await start("runs", prompt="Hi", model="m-1")

@@ -91,7 +91,9 @@ class Progress:
 def named_model(model: str | None) -> str:
     """Return the model. Raises ConfigurationError if none is named, for a request that cannot be without."""
     if not model:
-        raise ConfigurationError("model", model, "the name of a model: the provider has to be told which")
+        raise ConfigurationError(
+            "model", model, "the name of a model: the provider has to be told which", told="it is missing"
+        )
     return model
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import trio
 import trio.testing
 
+from supervisor import daemon
+from supervisor.config import parse
 from supervisor.streams import Output
+from supervisor.testing.upstream.script import PRESETS
 from supervisor.web import events
 from tests.e2e.browser import chromium
-from tests.web.scene import Scene, scene, ten
+from tests.web.scene import Scene, scene
 from tests.wire.whatwg import interpret
 
 PAGE = """
@@ -28,7 +33,7 @@ PAGE = """
 })
 """
 CUTS = 3
-PAGE_OF_DOCS = Path(__file__).resolve().parents[2] / "docs" / "http.md"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def read_in_a_browser(front: Scene, stream_id: str) -> dict[str, object]:
@@ -81,22 +86,38 @@ async def test_a_browser_reads_on_over_lost_connections_and_stops_at_the_end(
         assert seen == [{"text": expected, "opened": CUTS + 1, "outcomes": ["completed"]}]
 
 
-async def test_curl_is_enough() -> None:
-    """With the commands of docs/http.md, as they stand there, a stream is started, read to its end and cancelled."""
+@pytest.mark.parametrize(("page", "told"), [("README.md", 2), ("docs/http.md", 3)])
+async def test_curl_is_enough(monkeypatch: pytest.MonkeyPatch, page: str, told: int) -> None:
+    """With the commands of a page, as they stand there, a stream of `serve --simulated` is started, read to its end and cancelled."""
     assert shutil.which("curl"), "curl is needed"
-    commands = re.findall(r"^curl .*$", PAGE_OF_DOCS.read_text("utf-8"), re.MULTILINE)
-    assert len(commands) == 3
+    monkeypatch.setitem(cast("dict[str, Any]", PRESETS), "paced", {"tokens": 100})  # not at its pace
+    commands = re.findall(r"^curl .*$", (ROOT / page).read_text("utf-8"), re.MULTILINE)
+    assert len(commands) == told
+    config = parse(
+        'discover = false\n[control]\nport = 0\n[web]\nport = 0\n[store]\npath = ":memory:"\n[shutdown]\ngrace_s = 0'
+    )
     said = []
-    async with scene() as front:
-        front.sources["simulated"] = ten
-        for command in commands:
-            base = f"http://127.0.0.1:{front.server.ports[0]}"
-            words = shlex.split(command.replace("http://127.0.0.1:7434", base))
-            done = await trio.run_process(
-                [*words, "--silent", "--show-error", "--fail", "--max-time", "10"], capture_stdout=True
-            )
-            said.append(done.stdout)
-    started, read, cancelled = said
+    up, down = trio.open_memory_channel[daemon.Ready](1)
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            run = partial(daemon.run, config, ready=up.send_nowait, simulated=True, environ={})
+            nursery.start_soon(run)
+            base = (await down.receive()).http
+            assert base is not None
+            for command in commands:
+                words = shlex.split(command.replace("http://127.0.0.1:7434", base.rstrip("/")))
+                assert "7434" not in "".join(words)
+                done = await trio.run_process(
+                    [*words, "--silent", "--show-error", "--fail-with-body", "--max-time", "10"],
+                    capture_stdout=True,
+                    check=False,
+                )
+                assert done.returncode == 0, done.stdout
+                said.append(done.stdout)
+            nursery.cancel_scope.cancel()
+    started, read, *cancelled = said
     assert b'"created":true' in started
-    assert [event.event for event in interpret(read).events] == ["text", "outcome"]
-    assert b'"already_terminal"' in cancelled
+    events_read = interpret(read).events
+    assert {event.event for event in events_read} == {"attempt", "text", "outcome"}
+    assert b'"state":"completed"' in events_read[-1].data
+    assert all(b'"already_terminal"' in one for one in cancelled)
