@@ -20,10 +20,11 @@ from supervisor.daemon import Ready, run
 from supervisor.dialects import find
 from supervisor.errors import ConfigurationError
 from supervisor.testing.upstream import SimulatedUpstream, unreachable_url
-from supervisor.upstream import Credential, Upstream
+from supervisor.upstream import Credential, Exchange, StreamTransport, Upstream
 from supervisor.web.app import WebAccess
 from supervisor.web.gateway import GatewayClient, GatewayConfig, GatewayRoute
 from supervisor.web.gateway.asked import ENDPOINTS
+from supervisor.web.gateway.service import MODELS_S
 from tests.web.gateways import (
     CHAT,
     ONCE,
@@ -239,6 +240,56 @@ async def test_the_models_of_all_upstreams_are_listed_once(nowhere: str) -> None
     config = GatewayConfig(routes=(GatewayRoute(models=("x", "sim/*"), upstream="gone"),))
     async with gateway_at(upstreams=some, config=config) as place, place.client() as client:
         assert [one["id"] for one in (await client.get("/v1/models")).json()["data"]] == ["x"]
+
+
+async def test_a_list_of_models_does_not_go_in_a_circle() -> None:
+    """A gateway that is its own upstream, or another's that is its, refuses its own question at once."""
+
+    def none(url: str) -> dict[str, Upstream]:
+        del url
+        return {}
+
+    async with gateway_at(upstreams=none) as inner, gateway_at(upstreams=none) as outer:
+        for here, there in ((outer, outer), (outer, inner), (inner, outer)):
+            circle = Upstream(name="circle", base_url=f"{there.here}/v1", proxy="direct")
+            here.upstreams["circle"] = circle
+            served = [place.server.statistics().requests for place in (outer, inner)]
+            with trio.fail_after(MODELS_S * 0.8):
+                async with outer.client() as client:
+                    answer = await client.get("/v1/models")
+            assert (answer.status_code, answer.json()["data"]) == (200, [])
+            more = [place.server.statistics().requests for place in (outer, inner)]
+            assert sum(more) - sum(served) <= 3
+
+
+async def test_the_models_are_asked_for_once_for_all_who_want_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for the list while it is being fetched gets the same one."""
+    original, fetching, asking, may = StreamTransport.open, trio.Semaphore(0), 0, trio.Event()
+
+    async def slow(self: StreamTransport, request: httpx.Request, **options: Any) -> Exchange:
+        nonlocal asking
+        asking += 1
+        fetching.release()
+        await may.wait()
+        return await original(self, request, **options)
+
+    async with gateway_at(upstreams=lambda url: {"only": upstreams_at(url)["openai-chat"]}) as place:
+        monkeypatch.setattr(StreamTransport, "open", slow)
+        told: list[list[str]] = []
+
+        async def ask() -> None:
+            async with place.client() as client:
+                told.append([one["id"] for one in (await client.get("/v1/models")).json()["data"]])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await fetching.acquire()
+            nursery.start_soon(ask)
+            nursery.start_soon(ask)
+            while place.server.statistics().requests < 3:  # noqa: ASYNC110  # a count, which has no event
+                await trio.lowlevel.checkpoint()
+            may.set()
+        assert (told, asking) == ([["sim/ok"]] * 3, 1)
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------

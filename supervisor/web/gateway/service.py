@@ -16,10 +16,10 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any, Final
 
 import attrs
+import httpx
 import msgspec
 import trio
 from starlette.exceptions import HTTPException
@@ -33,6 +33,7 @@ from supervisor.errors import SupervisorError, UnknownStreamError
 from supervisor.streams import Deadlines, OnDetach, Started, State, Stream
 from supervisor.upstream.attempt import Transport, ask
 from supervisor.upstream.catalog import Upstream
+from supervisor.upstream.exchange import Exchange
 from supervisor.upstream.ladder import Breaker
 from supervisor.upstream.source import Answered
 from supervisor.web.app import Front, Part
@@ -99,6 +100,29 @@ class _Made:
     tenant: str | None
 
 
+@attrs.frozen
+class _Signing:
+    """A transport whose every request says that it has been here, so that one which comes back is refused."""
+
+    transport: Transport
+    id: str
+
+    async def open(self, request: httpx.Request, *, on_sent: Callable[[], None] | None = None) -> Exchange:
+        """Send a request."""
+        been = request.headers.get(VIA)
+        request.headers[VIA] = self.id if been is None else f"{been}, {self.id}"
+        return await self.transport.open(request, on_sent=on_sent)
+
+
+@attrs.define(eq=False)
+class _Listing:
+    """A list of models that an upstream is being asked for."""
+
+    models: list[dict[str, Any]] | None = None
+    """None: whoever asked has left before there was an answer."""
+    over: trio.Event = attrs.field(factory=trio.Event)
+
+
 @attrs.define(eq=False, kw_only=True)
 class Gateway:
     """The gateway of one daemon."""
@@ -107,8 +131,11 @@ class Gateway:
     config: GatewayConfig
     upstreams: Mapping[str, Upstream]
     transport: Transport
+    """Made to tell in each request that it comes from here."""
     circuits: Callable[[str], Breaker | None]
     keys: tuple[tuple[Token, str], ...] = ()
+    _listings: dict[str, _Listing] = attrs.field(factory=dict)
+    """The lists of models that upstreams are being asked for."""
     _adapted: dict[tuple[str, str, bool], Upstream] = attrs.field(factory=dict)
     _responses: OrderedDict[str, _Made] = attrs.field(factory=OrderedDict)
     _answered: weakref.WeakKeyDictionary[Stream, list[Answered]] = attrs.field(
@@ -121,6 +148,7 @@ class Gateway:
 
     def __attrs_post_init__(self) -> None:
         self._headers = frozenset(name.lower().encode() for name in self.config.headers)
+        self.transport = _Signing(self.transport, self._id)
 
     def routes(self) -> list[Route]:
         """Return the routes."""
@@ -178,9 +206,7 @@ class Gateway:
         )
         with trio.move_on_after(ASK_S):
             try:
-                answered = await ask(
-                    self.transport, upstream, self._call(asked, upstream), max_bytes=RESPONSE_BYTES
-                )
+                answered = await ask(self.transport, upstream, asked.call(upstream), max_bytes=RESPONSE_BYTES)
             except SupervisorError as error:
                 answered = failure_here(error)
         if isinstance(answered, Failure):
@@ -320,7 +346,7 @@ class Gateway:
             asked.body,
             transport=self.transport,
             circuits=self.circuits,
-            first=partial(self._call, asked),
+            first=asked.call,
             answered=answered,
         )
         meta: dict[str, Any] = {"endpoint": asked.endpoint.path, "streamed": asked.streamed}
@@ -351,12 +377,6 @@ class Gateway:
         except UnknownStreamError:
             return False
         return info.state is State.FAILED and not info.events and info.tenant == tenant
-
-    def _call(self, asked: Asked, upstream: Upstream) -> Call:
-        """Make the request to an upstream, with who passes it on."""
-        call = asked.call(upstream)
-        via = f"{call.headers[VIA]}, {self._id}" if VIA in call.headers else self._id
-        return attrs.evolve(call, headers={**call.headers, VIA: via})
 
     def _on_detach(self, request: Request, asked: Asked, route: GatewayRoute | None) -> OnDetach:
         mode, grace_s = self.config.on_disconnect, self.config.grace_s
@@ -396,10 +416,11 @@ class Gateway:
         await self._body(request)
         wanted = ("anthropic",) if "anthropic-version" in request.headers else ("openai", "anthropic")
         asked = [up for up in self.upstreams.values() if FAMILIES.get(up.dialect.name) in wanted]
+        via = request.headers.get(VIA)
         lists: dict[str, list[dict[str, Any]]] = {}
         async with trio.open_nursery() as nursery:
             for upstream in asked:
-                nursery.start_soon(self._list, upstream, lists)
+                nursery.start_soon(self._list, upstream, via, lists)
         data: dict[str, dict[str, Any]] = {}
         for upstream in asked:
             named = [{"id": name} for name in upstream.models]
@@ -412,8 +433,29 @@ class Gateway:
         body = msgspec.json.encode({**answer, "first_id": ids[0], "last_id": ids[-1]})
         await send_answered(send, Answered(upstream="", status=200, headers={}, body=body), [])
 
-    async def _list(self, upstream: Upstream, lists: dict[str, list[dict[str, Any]]]) -> None:
-        headers = {"accept": "application/json"}
+    async def _list(
+        self, upstream: Upstream, via: str | None, lists: dict[str, list[dict[str, Any]]]
+    ) -> None:
+        """Learn an upstream's models, by one request for all who ask meanwhile; but not for gateways, which might wait for one another."""
+        while via is None and upstream.name in self._listings:
+            listing = self._listings[upstream.name]
+            await listing.over.wait()
+            if listing.models is not None:
+                lists[upstream.name] = listing.models
+                return
+        listing = _Listing()
+        if via is None:
+            self._listings[upstream.name] = listing
+        try:
+            listing.models = lists[upstream.name] = await self._ask_models(upstream, via)
+        finally:
+            listing.over.set()
+            if via is None:
+                del self._listings[upstream.name]
+
+    async def _ask_models(self, upstream: Upstream, via: str | None) -> list[dict[str, Any]]:
+        """Ask an upstream for its models; return none if it does not tell: the others' are told."""
+        headers = {"accept": "application/json"} if via is None else {"accept": "application/json", VIA: via}
         if FAMILIES[upstream.dialect.name] == "anthropic":
             headers["anthropic-version"] = "2023-06-01"
         with trio.move_on_after(MODELS_S):
@@ -422,12 +464,11 @@ class Gateway:
                 answered = await ask(self.transport, upstream, call, max_bytes=MODELS_BYTES)
                 value = msgspec.json.decode(answered.body)
             except (SupervisorError, ValueError, RecursionError):
-                return  # the others' are told
+                return []
             data = value.get("data") if isinstance(value, dict) and answered.status == 200 else None
             if isinstance(data, list):
-                lists[upstream.name] = [
-                    one for one in data if isinstance(one, dict) and isinstance(one.get("id"), str)
-                ]
+                return [one for one in data if isinstance(one, dict) and isinstance(one.get("id"), str)]
+        return []
 
     def _leads(self, model: str, upstream: Upstream) -> bool:
         """Whether a request for this model would go to this upstream."""
