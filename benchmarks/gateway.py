@@ -337,11 +337,12 @@ def paced(served: Served, given: Mapping[str, Any], base_url: str) -> dict[str, 
         reader.waits = array("d")
         reader.read(began + given["window_s"])
         took = time.monotonic() - began
+        waits = reader.waits or array("d", [took])  # who brought nothing took longer
         told |= {
             f"paced_us_{streams}": 1e6 * (_cpu_s(served.pid) - cpu) / max(1, reader.events),
             f"rate_{streams}": reader.events / took / streams,
-            f"p50_{streams}": 1e3 * measure.percentile(reader.waits, 50),
-            f"p99_{streams}": 1e3 * measure.percentile(reader.waits, 99),
+            f"p50_{streams}": 1e3 * measure.percentile(waits, 50),
+            f"p99_{streams}": 1e3 * measure.percentile(waits, 99),
             f"kib_{streams}": (_resident(served.pid) - rested) / 1024 / streams,
         }
         reader.close_all()
