@@ -537,3 +537,64 @@ def test_on_a_phone(browser: Browser, daemon: Daemon, api: httpx.Client) -> None
         page.locator("#close").tap()
         expect(row).to_be_visible()
     api.delete(f"/streams/{stream_id}")
+
+
+# What makes a row as wide as it gets is put into it, then it is told what is wrong with where its Stop is.
+STOP_IN_SIGHT = """([id, state]) => {
+  const row = document.querySelector(`#rows tr[data-id='${id}']`);
+  const widest = { age: "23 h 59 m", silence: "59 m 59 s", rate: "1.23K", events: "1.23M", held: "1023 KiB", attempts: "12" };
+  widest["state small"] = state;
+  widest["upstream small"] = "a-model-of-a-provider/with-a-name-of-some-length";
+  for (const [where, text] of Object.entries(widest)) row.querySelector(`.c-${where}`).textContent = text.replaceAll(" ", "\\u00a0");
+  const list = document.getElementById("list");
+  const [button, within] = list.checkVisibility() ? [row.querySelector("button"), list] : [document.getElementById("stop"), document.body];
+  button.scrollIntoView({ block: "center", inline: "nearest" });
+  const scrolled = document.querySelector(".scroll");
+  scrolled.scrollLeft = 0;
+  const [box, sight] = [button.getBoundingClientRect(), within.getBoundingClientRect()];
+  const wrong = [];
+  if (box.width === 0 || box.left < sight.left || box.right > sight.right) wrong.push("cut off");
+  if (document.elementFromPoint((box.left + box.right) / 2, (box.top + box.bottom) / 2) !== button) wrong.push("covered");
+  if (scrolled.scrollWidth > scrolled.clientWidth) wrong.push(`${scrolled.scrollWidth - scrolled.clientWidth} px too wide`);
+  return wrong;
+}"""
+
+
+def test_stop_is_in_sight_at_every_width(browser: Browser, daemon: Daemon, api: httpx.Client) -> None:
+    """From 320 to 1920 pixels, with a stream open or not, Stop is there without scrolling sideways."""
+    stream_id = start(api, "sim/endless", upstream="goes-on", key="a-key-of-some-length/" + "x" * 60)
+    row = [stream_id, "failed(provider_error)"]
+    wider = [stream_id, "failed(of_a_reason_that_is_longer_than_any_that_there_is)"]
+    wrong = {}
+    with opened(browser, daemon.http, token=TOKEN) as page:
+        expect(page.locator(f"#rows tr[data-id='{stream_id}'][data-word=streaming]")).to_be_visible()
+        for width in (
+            320,
+            480,
+            639,
+            640,
+            800,
+            959,
+            960,
+            1024,
+            1100,
+            1200,
+            1279,
+            1280,
+            1400,
+            1440,
+            1600,
+            1920,
+        ):
+            page.set_viewport_size({"width": width, "height": 900})
+            wrong[width, "closed"] = page.evaluate(STOP_IN_SIGHT, row)
+        page.evaluate("id => { location.hash = `#/streams/${id}` }", stream_id)
+        expect(page.locator("#detail-pill")).to_have_text("streaming")
+        for width in (320, 640, 959, 960, 1024, 1200, 1280, 1400, 1440, 1600, 1920):
+            page.set_viewport_size({"width": width, "height": 900})
+            wrong[width, "open"] = page.evaluate(STOP_IN_SIGHT, row)
+        page.set_viewport_size({"width": 960, "height": 900})
+        (too_wide,) = page.evaluate(STOP_IN_SIGHT, wider)
+        assert "px too wide" in too_wide
+    api.delete(f"/streams/{stream_id}")
+    assert {place: what for place, what in wrong.items() if what} == {}
