@@ -315,9 +315,8 @@ def test_a_hidden_page_lets_go_and_goes_on(browser: Browser, daemon: Daemon, api
 def test_what_is_no_text(browser: Browser, daemon: Daemon, api: httpx.Client) -> None:
     """Reasoning is shown while there is no text yet; tool calls once the answer is whole; and of a stream that is not there, that."""
     thinking = start(api, "sim/stall?at_event=4&reasoning=Let+me+think", key="thinking")
-    calling = start(
-        api, "sim/ok?reasoning=A+tool+will+do&tool=weather&tool_arguments=%7B%22city%22%3A%22Paris%22%7D"
-    )
+    model = "sim/ok?reasoning=A+tool+will+do&tool=weather&tool_arguments=%7B%22city%22%3A%22Paris%22%7D"
+    calling = start(api, model, key="calling")
     refused = start(api, "sim/401")
     missing = "the server responded with a status of 404"
     with opened(browser, daemon.http, token=TOKEN, place=f"#/streams/{thinking}", allowed=[missing]) as page:
@@ -333,7 +332,13 @@ def test_what_is_no_text(browser: Browser, daemon: Daemon, api: httpx.Client) ->
             page.locator("#close").click()
         page.evaluate("location.hash = '#/streams/nobody'")
         expect(page.locator("#detail-said")).to_have_text("There is no such stream: it has been removed.")
-        expect(page.locator("#calls")).to_be_hidden()
+        for what in ("#calls", "#stop", "#detail-pill .pill"):
+            expect(page.locator(what)).to_be_hidden()
+        page.evaluate("location.hash = '#/streams/key:calling'")
+        expect(page.locator("#detail-pill")).to_have_text("complete")
+        expect(page.locator("#facts")).to_contain_text(calling)
+        expect(page.locator("#stop")).to_be_hidden()
+        assert page.url.endswith(f"#/streams/{calling}")
     api.delete(f"/streams/{thinking}")
 
 

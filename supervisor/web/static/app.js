@@ -1,4 +1,5 @@
-// The page: it asks the daemon once a second how things are, and shows it. Where things are is in the address (`#/streams/ID`).
+// The page: it asks the daemon once a second how things are, and shows it. Where things are is in the address (`#/streams/ID`,
+// or `#/streams/key:KEY`, which becomes it).
 
 import * as api from "./api.js";
 import { Detail } from "./detail.js";
@@ -15,7 +16,7 @@ const WAITS_MS = [500, 1000, 2000, 3000];
 
 const streams = new Streams();
 const table = new Table(streams, { onStop: stop, onOpen: open });
-const detail = new Detail(streams, { onStop: stop, announce, onProblem: problem });
+const detail = new Detail(streams, { onStop: stop, onNamed: named, announce, onProblem: problem });
 
 let turn = 0;
 let failures = 0;
@@ -112,6 +113,11 @@ function empty() {
 
 function open(id) {
   location.hash = `#/streams/${encodeURIComponent(id)}`;
+}
+
+/** The stream that is open by its key is open by its id from here on. */
+function named(id) {
+  location.replace(`#/streams/${encodeURIComponent(id)}`);
 }
 
 function close() {

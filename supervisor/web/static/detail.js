@@ -12,9 +12,10 @@ const TRACE_EVERY_MS = 2000;
 const TRACE_SHARE = 20; // a trace that takes long to make is asked for less often: at most so much of the time
 
 export class Detail {
-  /** streams: where rows are; onStop(stream); announce(text): say something to a screen reader. */
-  constructor(streams, { onStop, announce, onProblem }) {
+  /** streams: where rows are; onStop(stream); onNamed(id): the one shown, by its key, has this id; announce(text): say something to a screen reader. */
+  constructor(streams, { onStop, onNamed, announce, onProblem }) {
     this.streams = streams;
+    this.onNamed = onNamed;
     this.announce = announce;
     this.onProblem = onProblem;
     this.id = null;
@@ -146,8 +147,12 @@ export class Detail {
   async refresh() {
     const id = this.id;
     if (id === null || this.gone) return;
-    if (this.isLive()) await this.streams.ask(id);
+    const stream = this.isLive() ? await this.streams.ask(id) : null;
     if (this.id !== id) return;
+    if (stream && stream.id !== id) {
+      this.onNamed(stream.id);
+      return;
+    }
     this.update();
     await this.refreshTrace();
     // Reasoning does not come as it is made; while there is nothing else to see, it is asked for.
@@ -182,7 +187,13 @@ export class Detail {
   /** Show what is known. */
   update() {
     const row = this.streams.rows.get(this.id);
-    if (!row) return;
+    if (!row) {
+      // not known yet, or there is none: nothing is said of it, and nothing can be done
+      this.pill.set(null);
+      setAttribute(this.element, "data-word", null);
+      show(byId("stop"), false);
+      return;
+    }
     const { stream } = row;
     const over = ended(stream);
     const word = wordOf(stream.state);

@@ -59,7 +59,7 @@ export function arrange(parent, wanted) {
   }
 }
 
-/** A pill with the word for a state. */
+/** A pill with the word for a state, or without (null). */
 export function pill() {
   const use = draw("use", {});
   const word = make("span");
@@ -68,8 +68,8 @@ export function pill() {
     element,
     set(value) {
       setAttribute(element, "data-word", value);
-      setAttribute(use, "href", `#icon-${value}`);
-      setText(word, value);
+      setAttribute(use, "href", value && `#icon-${value}`);
+      setText(word, value ?? "");
     },
   };
 }

@@ -109,13 +109,16 @@ export class Streams {
     await Promise.all(asked.map((id) => this.ask(id)));
   }
 
-  /** Ask for one stream; it is forgotten if there is none. */
+  /** Ask for one stream, by its id or `key:KEY`, and return it; it is forgotten, and null, if there is none. */
   async ask(id) {
     try {
-      this.put(await api.get(id));
+      const stream = await api.get(id);
+      this.put(stream);
+      return stream;
     } catch (error) {
       if (error.status !== 404) throw error;
       this.rows.delete(id);
+      return null;
     }
   }
 
