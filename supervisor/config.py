@@ -35,7 +35,7 @@ from supervisor.stores import MemoryStore, Retention
 from supervisor.stores.base import Store
 from supervisor.stores.sqlite import SQLiteStore, Synchronous
 from supervisor.streams import Deadlines, Limits, MemoryPolicy
-from supervisor.upstream.catalog import Credential, Upstream, discover
+from supervisor.upstream.catalog import Credential, Upstream, discover, leads_to
 from supervisor.upstream.circuit import CircuitPolicy
 from supervisor.upstream.retry import RetryPolicy
 from supervisor.web.config import WebConfig
@@ -296,10 +296,39 @@ class Config:
 
     def all_upstreams(self, environ: Mapping[str, str]) -> dict[str, Upstream]:
         """Return the upstreams by name, with those that the environment offers."""
-        found = (
-            {up.name: attrs.evolve(up, retry=self.retry) for up in discover(environ)} if self.discover else {}
-        )
-        return found | {up.name: up for up in self.upstreams}
+        return self._found(environ, here=False) | {up.name: up for up in self.upstreams}
+
+    def _found(self, environ: Mapping[str, str], *, here: bool) -> dict[str, Upstream]:
+        """Return what the environment offers beside the file; `here`: only what is this very daemon, else only what is not."""
+        found = discover(environ) if self.discover else []
+        return {up.name: attrs.evolve(up, retry=self.retry) for up in found if self._leads_here(up) is here}
+
+    def _leads_here(self, upstream: Upstream) -> bool:
+        """Say whether an upstream is the daemon itself, so that a request for it would go in a circle."""
+        listening = ((self.control.host, self.control.port), (self.web.host, self.web.port))
+        return any(leads_to(upstream, host, port) for host, port in listening if port)
+
+    def _check_upstream(self, upstream: Upstream) -> None:
+        if self._leads_here(upstream):
+            told = f"{upstream.base_url!r} is this daemon's own address"
+            raise ConfigurationError("base_url", upstream.base_url, "the provider's", told=told)
+
+    def warnings(self, environ: Mapping[str, str]) -> list[str]:
+        """Return what a daemon starts with all the same, but hardly as it was meant."""
+        told = []
+        if here := self._found(environ, here=True):
+            url = next(iter(here.values())).base_url
+            told.append(
+                f"OPENAI_BASE_URL ({url}) is this daemon's own address, so that no upstream is made of it ({', '.join(here)}): "
+                "it is for the shell of a client, not for that of `serve`"
+            )
+        for name, upstream in sorted(self.all_upstreams(environ).items()):
+            if upstream.credential is not None:
+                try:
+                    upstream.credential.secret(environ)
+                except ConfigurationError as error:
+                    told.append(f"upstream {name}: {error}")
+        return told
 
     async def check(self, environ: Mapping[str, str]) -> None:
         """Raise ConfigurationError, naming the file and the table, for what a daemon would refuse when it starts to listen."""
@@ -310,13 +339,17 @@ class Config:
             read = self.control.token.read(environ)
             token = None if read is None else Token(read)
             await require_safe_address(self.control.host, token)
+            for upstream in self.upstreams:
+                where = _Where(self.source, ("upstreams", upstream.name))
+                self._check_upstream(upstream)
             if self.web.port is not None:
                 where = _Where(self.source, ("web",))
                 await require_safe_address(self.web.host, token)
                 where = _Where(self.source, ("gateway",))
                 self.gateway.check(self.all_upstreams(environ), environ)
         except ConfigurationError as error:
-            raise ConfigurationError(where.field(error.field), error.value, error.expected) from None
+            field = where.field(error.field)
+            raise ConfigurationError(field, error.value, error.expected, told=error.told) from None
 
 
 def _is_installed(module: str) -> bool:

@@ -350,6 +350,8 @@ class _Daemon:
             ready.store,
             ", ".join(ready.upstreams) or "none",
         )
+        for warning in self._config.warnings(self._environ):
+            _log.warning("%s", warning)
         if not self._upstreams:
             _log.warning(
                 "no upstream is configured, so nothing can be started: set OPENAI_API_KEY in the environment, or give "

@@ -58,6 +58,7 @@ class ConfigurationError(SupervisorError, ValueError):
         self.field = field
         self.value = value
         self.expected = expected
+        self.told = told
 
 
 class UnknownStreamError(SupervisorError, LookupError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,56 @@ def test_environment_offers_upstreams() -> None:
     mine = parse('[upstreams.openai]\nbase_url = "http://127.0.0.1:8"').all_upstreams(environ)
     assert mine["openai"].base_url == "http://127.0.0.1:8"
     assert parse("discover = false").all_upstreams(environ) == {}
+
+
+@pytest.mark.parametrize(
+    ("url", "here"),
+    [
+        ("http://127.0.0.1:7434/v1", True),
+        ("http://localhost:7434", True),
+        ("http://[::1]:7433/v1", True),
+        ("http://LOCALHOST.:7434/v1", True),
+        ("http://127.0.0.1:7435/v1", False),
+        ("http://example.org:7434/v1", False),
+        ("http://127.0.0.1/v1", False),
+        ("https://api.openai.com/v1", False),
+    ],
+)
+async def test_a_daemon_is_not_its_own_upstream(url: str, here: bool) -> None:
+    """The daemon's own address is refused in the file, by the upstream's name; of the environment it makes none, and a warning."""
+    environ = {"OPENAI_API_KEY": SECRET, "OPENAI_BASE_URL": url, "GROQ_API_KEY": SECRET}
+    config = parse("")
+    assert sorted(config.all_upstreams(environ)) == [
+        "groq",
+        *(() if here else ("openai", "openai-responses")),
+    ]
+    await config.check(environ)
+    told = "\n".join(config.warnings(environ))
+    assert (f"OPENAI_BASE_URL ({url})" in told, "openai, openai-responses" in told) == (here, here)
+    written = parse(f'discover = false\n[upstreams.x]\nbase_url = "{url}"', source="my.toml")
+    if not here:
+        await written.check({})
+        return
+    with pytest.raises(ConfigurationError) as caught:
+        await written.check({})
+    assert str(caught.value).startswith(
+        f"my.toml: [upstreams.x] base_url: {url!r} is this daemon's own address; expected"
+    )
+
+
+async def test_a_daemon_is_found_by_the_address_that_it_is_given() -> None:
+    """Its own host and ports count, loopback of a daemon that listens everywhere too; a proxy's 127.0.0.1 is another."""
+    everywhere = '[web]\nhost = "0.0.0.0"\nport = 80\n[control]\ntoken_env = "T"\n'
+    for host, url, more, here in (
+        ("0.0.0.0", "http://127.0.0.1", "", True),
+        ("0.0.0.0", "http://127.0.0.1", 'proxy = "http://proxy:1"', False),
+        ("192.0.2.7", "http://192.0.2.7/v1", "", True),
+        ("192.0.2.7", "http://127.0.0.1/v1", "", False),
+    ):
+        text = everywhere.replace("0.0.0.0", host)
+        config = parse(f'discover = false\n{text}[upstreams.x]\nbase_url = "{url}"\n{more}')
+        with pytest.raises(ConfigurationError, match="own address") if here else nullcontext():
+            await config.check({"T": "token"})
 
 
 RESUMING = """

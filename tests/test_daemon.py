@@ -16,7 +16,7 @@ import attrs
 import pytest
 import trio
 
-from supervisor.config import Config, ControlConfig, StoreConfig, WebConfig
+from supervisor.config import Config, ControlConfig, StoreConfig, WebConfig, parse
 from supervisor.control import ControlClient, StartParams, StartResult, connect
 from supervisor.daemon import Ready, run
 from supervisor.dialects import BUILTIN
@@ -512,3 +512,16 @@ async def _use_badly(client: ControlClient) -> None:
     ):
         started = await client.start("sim", {"model": model})
         await client.wait(started.id)
+
+
+async def test_a_credential_that_is_missing_is_told_of_at_start(caplog: pytest.LogCaptureFixture) -> None:
+    """A daemon starts with an upstream whose key is not there, and its log says so at once."""
+    config = parse(
+        'discover = false\n[upstreams.x]\nbase_url = "http://127.0.0.1:1"\napi_key_env = "X_KEY"\n'
+    )
+    config = attrs.evolve(
+        config, store=StoreConfig(path=":memory:"), control=ControlConfig(port=0), web=WebConfig(port=None)
+    )
+    with trio.CancelScope() as scope:
+        await run(config, environ={}, ready=lambda _: scope.cancel())
+    assert "upstream x: credential env:X_KEY: '(not set)' is not valid" in caplog.text

@@ -76,7 +76,7 @@ def check_config(options: argparse.Namespace) -> int:
         "token": "configured" if token else "none (loopback only)",
         "store": config.store.located(os.environ),
         "upstreams": {},
-        "warnings": [],
+        "warnings": config.warnings(os.environ),
     }
     for name, upstream in sorted(upstreams.items()):
         credential = upstream.credential
@@ -85,11 +85,6 @@ def check_config(options: argparse.Namespace) -> int:
             "dialect": upstream.dialect.name,
             "credential": "none" if credential is None else str(credential),
         }
-        if credential is not None:
-            try:
-                credential.secret(os.environ)
-            except ConfigurationError as error:
-                told["warnings"].append(f"upstream {name}: {error}")
     if not upstreams:
         told["warnings"].append("no upstreams: none is configured and no API key is in the environment")
     settings = msgspec.to_builtins(
@@ -105,9 +100,9 @@ def check_config(options: argparse.Namespace) -> int:
     if options.json:
         print_json(told)
     else:
-        console().print(fields_table({name: value for name, value in told.items() if name != "warnings"}))
         for warning in told["warnings"]:
             complain(f"warning: {warning}")
+        console().print(fields_table({name: value for name, value in told.items() if name != "warnings"}))
     return Exit.OK
 
 
@@ -122,7 +117,8 @@ def _check(config: Config, options: argparse.Namespace) -> None:
         key = error.field.rpartition(" ")[2]
         if getattr(options, key, None) is None:
             raise
-        raise ConfigurationError(f"--{key.replace('_', '-')}", error.value, error.expected) from None
+        field = f"--{key.replace('_', '-')}"
+        raise ConfigurationError(field, error.value, error.expected, told=error.told) from None
 
 
 def configured(options: argparse.Namespace) -> Config:

@@ -8,8 +8,10 @@ carries a credential.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from supervisor.upstream.attempt import Answered, Transport
     from supervisor.upstream.ladder import Breaker
 
-__all__ = ["Credential", "Upstream", "discover"]
+__all__ = ["Credential", "Upstream", "discover", "leads_to"]
 
 MAX_SECRET_BYTES = 16 << 10
 MAX_HEADER_CHARS = 8 << 10
@@ -424,6 +426,24 @@ class Upstream:
             first=first,
             answered=answered,
         )
+
+
+def leads_to(upstream: Upstream, host: str, port: int) -> bool:
+    """Say whether an upstream's base URL is the address of a listener on this machine, as far as that is told without asking for names."""
+    url = httpx.URL(upstream.base_url)
+    asked = url.port or (443 if url.scheme == "https" else 80)
+    if asked != port or upstream.proxy not in (None, "direct"):
+        return False
+    return url.host == host.lower() or (_is_here(host) and _is_here(url.host))
+
+
+def _is_here(host: str) -> bool:
+    """Say whether a host is this machine's loopback, or all of its addresses."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower().rstrip(".") in {"localhost", socket.gethostname().lower()}
+    return address.is_loopback or address.is_unspecified
 
 
 def discover(environ: Mapping[str, str] | None = None) -> list[Upstream]:
