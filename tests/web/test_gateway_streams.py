@@ -50,6 +50,37 @@ async def test_a_key_joins_the_same_answer() -> None:
         assert place.up.request_count == 3
 
 
+async def test_a_key_is_that_of_one_method_path_and_query() -> None:
+    """Of requests whose bodies are the same, one that goes elsewhere is another one; a client's key in it does not count."""
+    path, body = STREAMED["responses"]
+    google, contents = STREAMED["google events"]
+    async with gateway_at() as place, place.client() as client:
+
+        async def ask(key: str, target: str, json: dict[str, Any] | None) -> int:
+            headers = {"x-stream-key": key}
+            method = "GET" if json is None else "POST"
+            return (await client.request(method, target, json=json, headers=headers)).status_code
+
+        created = (await client.post(path, json={**body, "background": True})).text
+        at = f"{path}/{json.loads(created.partition('data: ')[2].partition(chr(10))[0])['response']['id']}"
+        for target, status in (
+            (f"{at}?stream=true", 200),
+            (f"{at}?stream=true", 200),
+            (f"{at}?stream=true&starting_after=1", 409),
+            (f"{path}/resp_sim00000099?stream=true", 409),
+        ):
+            assert await ask("k1", target, None) == status
+        for target, status in (
+            (google, 200),
+            (f"{google}&key=a", 200),
+            (f"{google}&key=b", 200),
+            (f"{google}&alt=media", 409),
+            (google.partition("?")[0], 409),
+            (google.replace("v1beta", "v1alpha"), 409),
+        ):
+            assert await ask("k2", target, contents) == status
+
+
 async def test_who_joins_sees_the_upstreams_own_refusal() -> None:
     """Two requests of one key, made before the upstream refuses, both get its answer, in its words and with its headers."""
     headers = {"x-stream-key": "k"}

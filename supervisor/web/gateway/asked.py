@@ -9,6 +9,7 @@ same base URL, read in the dialect that the endpoint has.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -33,6 +34,7 @@ __all__ = [
     "Endpoint",
     "about",
     "adapted",
+    "digest",
     "read",
     "read_google",
 ]
@@ -226,6 +228,12 @@ def adapted(upstream: Upstream, asked: Asked) -> Upstream:
         ),
         fallback=tuple(adapted(fallback, asked) for fallback in upstream.fallback),
     )
+
+
+def digest(scope: Mapping[str, Any], body: bytes) -> str:
+    """Return what a request is known by when it is made again: its method, path, query, less a key in it, and body."""
+    target = f"{scope['method']} {scope['path']!r} {_query(scope)!r}\n"  # quoted, so that no path looks like a query
+    return hashlib.sha256(target.encode() + body).hexdigest()
 
 
 # --- the parts of a request ------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ and the upstream's socket is closed in that step, or it keeps on, to be read by 
 
 from __future__ import annotations
 
-import hashlib
 import re
 import secrets
 import weakref
@@ -47,6 +46,7 @@ from supervisor.web.gateway.asked import (
     Endpoint,
     about,
     adapted,
+    digest,
     read,
     read_google,
 )
@@ -353,7 +353,7 @@ class Gateway:
         if asked.model is not None:
             meta["model"] = asked.model
         if key is not None:  # by which the same request is known
-            meta["request_sha256"] = hashlib.sha256(asked.body).hexdigest()
+            meta["request_sha256"] = digest(request.scope, asked.body)
         started = supervisor.start_nowait(
             source,
             key=key,
