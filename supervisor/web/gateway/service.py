@@ -13,8 +13,9 @@ import re
 import secrets
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Final
 
 import attrs
@@ -24,7 +25,7 @@ import trio
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from supervisor.control.auth import Token
 from supervisor.dialects import Call, UnparseableError
@@ -192,14 +193,11 @@ class Gateway:
             if asked.streamed:
                 await self._stream(request, send, asked, tenant, chosen)
                 return
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_until_left, request.receive, nursery.cancel_scope)
-                await self._ask(send, asked, chosen.upstream)
-                nursery.cancel_scope.cancel(reason="it has been answered")
+            await _unless_left(request.receive, send, partial(self._ask, asked, chosen.upstream))
 
         return Route(path, _Endpoint(serve, RESPONSES), methods=[method])
 
-    async def _ask(self, send: Send, asked: Asked, upstream: Upstream) -> None:
+    async def _ask(self, asked: Asked, upstream: Upstream, send: Send) -> None:
         """Pass on a request that is no stream, and its answer."""
         answered: Answered | Failure = Failure(
             status=504, code="total", message="the upstream did not answer"
@@ -309,21 +307,21 @@ class Gateway:
             if response_id is not None:
                 self._remember(response_id, _Made(stream.info().upstream or "", tenant))
 
-        relay = Relay(
-            stream=stream,
-            api=asked.endpoint.api,
-            dialect=asked.dialect,
-            whole=not asked.streamed,
-            send=send,
-            answered=lambda: latest[-1] if latest else None,
-            keep_alive_s=self.config.keep_alive_s,
-            on_first=learn,
-        )
+        async def tell(send: Send) -> None:
+            relay = Relay(
+                stream=stream,
+                api=asked.endpoint.api,
+                dialect=asked.dialect,
+                whole=not asked.streamed,
+                send=send,
+                answered=lambda: latest[-1] if latest else None,
+                keep_alive_s=self.config.keep_alive_s,
+                on_first=learn,
+            )
+            await relay.run(events)
+
         with stream.subscribe(after="start") as events:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_until_left, request.receive, nursery.cancel_scope)
-                await relay.run(events)
-                nursery.cancel_scope.cancel(reason="it has been told")
+            await _unless_left(request.receive, send, tell)
         if (
             stream.state is State.FAILED
         ):  # it is told as it was to whoever is reading, and asked anew for others
@@ -514,11 +512,29 @@ def _response_id(asked: Asked, name: str, payload: bytes) -> str | None:
     return next((delta.response_id for delta in meant if delta.response_id is not None), None)
 
 
-async def _until_left(receive: Receive, scope: trio.CancelScope) -> None:
-    """Wait for the client to leave, and cancel."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    scope.cancel(reason="the client has left")
+async def _unless_left(receive: Receive, send: Send, tell: Callable[[Send], Awaitable[None]]) -> None:
+    """Tell a client something; if it leaves, cancel that.
+
+    The server says http.disconnect also once it has been given the last of an answer, while that is still being written: from then on
+    nobody listens to it, and who leaves is noticed by the writing.
+    """
+    async with trio.open_nursery() as nursery:
+        watching = trio.CancelScope()
+
+        async def watch() -> None:
+            with watching:
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                nursery.cancel_scope.cancel(reason="the client has left")
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                watching.cancel(reason="the last of the answer is sent")
+            await send(message)
+
+        nursery.start_soon(watch)
+        await tell(watched)
+        nursery.cancel_scope.cancel(reason="it has been told")
 
 
 def _offered_keys(request: Request) -> list[bytes]:
