@@ -21,7 +21,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -330,8 +330,11 @@ class Config:
                     told.append(f"upstream {name}: {error}")
         return told
 
-    async def check(self, environ: Mapping[str, str]) -> None:
-        """Raise ConfigurationError, naming the file and the table, for what a daemon would refuse when it starts to listen."""
+    async def check(self, environ: Mapping[str, str], more: Collection[str] = ()) -> None:
+        """Raise ConfigurationError, naming the file and the table, for what a daemon would refuse when it starts to listen.
+
+        more: names of upstreams that it will have beside those of the file and the environment.
+        """
         where = _Where(self.source, ("telemetry",))
         try:
             self.telemetry.check()
@@ -346,7 +349,7 @@ class Config:
                 where = _Where(self.source, ("web",))
                 await require_safe_address(self.web.host, token)
                 where = _Where(self.source, ("gateway",))
-                self.gateway.check(self.all_upstreams(environ), environ)
+                self.gateway.check({*self.all_upstreams(environ), *more}, environ)
         except ConfigurationError as error:
             field = where.field(error.field)
             raise ConfigurationError(field, error.value, error.expected, told=error.told) from None

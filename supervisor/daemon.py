@@ -46,17 +46,18 @@ from supervisor.web.dashboard import dashboard
 from supervisor.web.gateway import gateway
 from supervisor.web.server import WebServer
 
-__all__ = ["ABORTED", "Ready", "run"]
+__all__ = ["ABORTED", "SIMULATED", "Ready", "run"]
 
 _log = logging.getLogger("supervisor.daemon")
 
 ABORTED = 130
 """The exit code after a second SIGINT: 128 + SIGINT, as shells have it."""
+SIMULATED = "simulated"
+"""The name of the upstream that a daemon serves itself, if it is asked to."""
 
 _TELL_S = 2.0
 _LOOK_S = 0.01
 _WANTED_FILES = 65_536
-_SIMULATED = "simulated"
 _SIMULATED_ANSWER = (
     "This answer is simulated: it was written in advance and comes a word at a time, "
     "as a model's answer would, from within the daemon."
@@ -196,9 +197,9 @@ class _Daemon:
         self._simulated = simulated
         self._ready = ready
         self._upstreams = config.all_upstreams(environ)
-        if simulated and _SIMULATED in self._upstreams:
+        if simulated and SIMULATED in self._upstreams:
             raise ConfigurationError(
-                "--simulated", True, f"no upstream of the name {_SIMULATED!r} in the configuration"
+                "--simulated", True, f"no upstream of the name {SIMULATED!r} in the configuration"
             )
         self._environ = environ
         self._token = config.control.token.read(environ)
@@ -296,8 +297,8 @@ class _Daemon:
 
         script = Script(text=_SIMULATED_ANSWER, interval_s=_SIMULATED_PACE_S)
         async with SimulatedUpstream(default=script, max_records=_SIMULATED_RECORDS) as provider:
-            self._upstreams[_SIMULATED] = Upstream(
-                name=_SIMULATED, base_url=provider.base_url, proxy="direct", retry=self._config.retry
+            self._upstreams[SIMULATED] = Upstream(
+                name=SIMULATED, base_url=provider.base_url, proxy="direct", retry=self._config.retry
             )
             yield
 

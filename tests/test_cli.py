@@ -573,6 +573,15 @@ def test_check_config(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert shell("serve", "--config", str(path))[0] == Exit.USAGE
 
 
+def test_a_route_to_the_simulated_upstream(shell: Shell, tmp_path: Path) -> None:
+    """What `serve --simulated` serves itself can be named by a route; without the option it is not there."""
+    path = tmp_path / "my.toml"
+    path.write_text('[[gateway.routes]]\nupstream = "simulated"\n')
+    assert shell.json("check-config", "--simulated", str(path))[0]["warnings"] == []
+    code, _, err = shell("check-config", str(path))
+    assert (code, "'simulated' is not valid" in err) == (Exit.USAGE, True)
+
+
 def test_check_config_refuses_what_serve_refuses(shell: Shell, tmp_path: Path) -> None:
     """An address beyond this machine without a token, or a token that is none, is refused by both: by file and table, or option."""
     path, empty = tmp_path / "my.toml", tmp_path / "empty"

@@ -225,7 +225,9 @@ def test_a_simulated_upstream(tmp_path: Path) -> None:
     """`serve --simulated` needs no key: its upstream answers at a pace; a configured one of its name is refused."""
     errors = tmp_path / "daemon.log"
     command = [sys.executable, "-m", "supervisor.cli", "serve", "--simulated", "--json", "--port", "0"]
-    command += ["--web-port", "0"]
+    routed = tmp_path / "routed.toml"
+    routed.write_text('[[gateway.routes]]\nupstream = "simulated"\n')
+    command += ["--web-port", "0", "--config", str(routed)]
     process = Daemon([*command, "--store", ":memory:", "--grace", "0"], env=environment(), errors=errors)
     try:
         assert process.said["upstreams"] == ["simulated"]

@@ -195,6 +195,7 @@ def _add_daemon(commands: Any) -> None:
     check = _add(
         commands, "check-config", "serving:check_config", "check a configuration and print what it comes to"
     )
+    check.add_argument("--simulated", action="store_true", help="as it would be for `serve --simulated`")
     check.add_argument(
         "file", nargs="?", type=Path, metavar="FILE", help=f"default: --config, or ${CONFIG_VARIABLE}"
     )

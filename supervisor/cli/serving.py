@@ -18,7 +18,7 @@ from supervisor.cli.exits import Exit
 from supervisor.cli.parser import CONFIG_VARIABLE
 from supervisor.cli.render import complain, console, fields_table, print_json
 from supervisor.config import Config, load
-from supervisor.daemon import Ready, run
+from supervisor.daemon import SIMULATED, Ready, run
 from supervisor.errors import ConfigurationError
 from supervisor.logs import logging_to
 
@@ -85,7 +85,7 @@ def check_config(options: argparse.Namespace) -> int:
             "dialect": upstream.dialect.name,
             "credential": "none" if credential is None else str(credential),
         }
-    if not upstreams:
+    if not upstreams and not options.simulated:
         told["warnings"].append("no upstreams: none is configured and no API key is in the environment")
     settings = msgspec.to_builtins(
         {
@@ -112,7 +112,7 @@ _APART = {"upstreams", "source"}
 def _check(config: Config, options: argparse.Namespace) -> None:
     """Raise ConfigurationError for what would be refused when the daemon starts to listen; names the option, or the table."""
     try:
-        trio.run(config.check, os.environ)
+        trio.run(config.check, os.environ, (SIMULATED,) if options.simulated else ())
     except ConfigurationError as error:
         key = error.field.rpartition(" ")[2]
         if getattr(options, key, None) is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -10,7 +10,7 @@ import attrs
 
 from supervisor.control.auth import Token
 from supervisor.errors import ConfigurationError
-from supervisor.upstream.catalog import Credential, Upstream
+from supervisor.upstream.catalog import Credential
 
 __all__ = ["GatewayClient", "GatewayConfig", "GatewayRoute", "OnDisconnect"]
 
@@ -109,8 +109,8 @@ class GatewayConfig:
             if name.lower() in _SECRET_HEADERS:
                 raise ConfigurationError("headers", name, "no header that carries a client's key")
 
-    def check(self, upstreams: Mapping[str, Upstream], environ: Mapping[str, str]) -> None:
-        """Raise ConfigurationError for an upstream that there is not, and for a key that cannot be read or is there twice."""
+    def check(self, upstreams: Collection[str], environ: Mapping[str, str]) -> None:
+        """Raise ConfigurationError for an upstream (`upstreams`: their names) that there is not, and for a key that cannot be read or is there twice."""
         for route in self.routes:
             if route.upstream not in upstreams:
                 known = ", ".join(sorted(upstreams)) or "there is none"
