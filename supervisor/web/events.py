@@ -8,6 +8,9 @@ as a browser does by itself (`Last-Event-ID`), is given what comes after it. The
 which a client notes and does not show: so also one that lost the connection before its first event, and had asked for what
 is new (`after=tail`), goes on from where it stood. Keep-alives are comments and have no `id`.
 
+Under a key there may be another stream by the time that a client comes again, so there a position names its stream too:
+`EPOCH-SEQ-STREAM`. One of another stream, or under a key of none, is no place to go on from: see *A gap*.
+
 **The end.** The outcome is the last event. An `EventSource` takes the end of the answer for a lost connection and comes again; one
 that has seen the outcome is then told 204, which is how HTTP says to stop (WHATWG HTML, 9.2).
 
@@ -61,7 +64,7 @@ _BATCH_EVENTS = 256
 _BATCH_BYTES = 64 << 10
 _RETRY_MS = 1000
 _KEEP_ALIVE = b": keep-alive\n\n"
-_POSITION = re.compile(r"([1-9][0-9]{0,8})-(0|[1-9][0-9]{0,17})", re.ASCII)
+_POSITION = re.compile(r"([1-9][0-9]{0,8})-(0|[1-9][0-9]{0,17})(?:-([!-~]{1,256}))?", re.ASCII)
 _EVENT_STREAM = "text/event-stream; charset=utf-8"
 _HEADERS = (
     (b"content-type", _EVENT_STREAM.encode()),
@@ -94,11 +97,11 @@ def part(front: Front) -> Part:
         return _Large(turns, lambda: answers.snapshot(supervisor, params))
 
     async def events(request: Request) -> Response:
-        params = _subscribe_params(request)
+        params, named = _subscribe_params(request)
         stream = await supervisor.find(params.id, key=params.key)
         if request.method == "HEAD":  # no reader
             return Response(headers={"content-type": _EVENT_STREAM})
-        return EventStream(stream, params, turns, keep_alive_s=front.limits.keep_alive_s)
+        return EventStream(stream, params, named, turns, keep_alive_s=front.limits.keep_alive_s)
 
     async def cancel(request: Request) -> Response:
         given = _object(await request.body())
@@ -168,8 +171,8 @@ def _list_params(request: Request) -> ListParams:
     return read_params(msgspec.Raw(_encode(given)), ListParams)
 
 
-def _subscribe_params(request: Request) -> SubscribeParams:
-    """Read what to watch; a `Last-Event-ID` wins over `after`. Raises RpcError."""
+def _subscribe_params(request: Request) -> tuple[SubscribeParams, str | None]:
+    """Read what to watch, and the stream that the position names; a `Last-Event-ID` wins over `after`. Raises RpcError."""
     given: dict[str, Any] = msgspec.to_builtins(which(request))
     for name, value in _query(request, {"after", "view", "max_behind"}):
         given[name] = _number(value) if name == "max_behind" else value
@@ -177,6 +180,7 @@ def _subscribe_params(request: Request) -> SubscribeParams:
     if last:
         given["after"] = last
     after = given.get("after", "start")
+    named = None
     if after not in {"start", "tail", "snapshot"}:
         position = _POSITION.fullmatch(after)
         if position is None:
@@ -187,7 +191,8 @@ def _subscribe_params(request: Request) -> SubscribeParams:
                 field=field,
             )
         given["after"] = {"epoch": int(position[1]), "seq": int(position[2])}
-    return read_params(msgspec.Raw(_encode(given)), SubscribeParams)
+        named = position[3]
+    return read_params(msgspec.Raw(_encode(given)), SubscribeParams), named
 
 
 def _query(request: Request, known: set[str], many: str = "", prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -256,10 +261,19 @@ class EventStream(Response):
     """An answer that goes on until the outcome, or until the client leaves; 204 if there is nothing to come."""
 
     def __init__(
-        self, stream: Stream, params: SubscribeParams, turns: trio.CapacityLimiter, *, keep_alive_s: float
+        self,
+        stream: Stream,
+        params: SubscribeParams,
+        named: str | None,
+        turns: trio.CapacityLimiter,
+        *,
+        keep_alive_s: float,
     ) -> None:
         self._stream = stream
         self._params = params
+        self._named = named
+        self._of = b"" if params.key is None else b"-" + stream.id.encode()
+        """What the ids of events end with: under a key, which stream it is."""
         self._turns = turns
         self._keep_alive_s = keep_alive_s
         self._events: Subscription
@@ -291,6 +305,9 @@ class EventStream(Response):
         """Find the place to read from; return what is sent at once."""
         stream, place = self._stream, answers.place_of(self._params)
         first = b"retry: %d\n" % _RETRY_MS
+        if isinstance(place, Cursor) and self._is_of_another():
+            self._events = self._subscribed("start")
+            return b"%b\n%b" % (first, self._another(place))
         shown = b""
         if place == "snapshot":
             folded = await stream.read_snapshot()  # it may no longer be in memory
@@ -305,9 +322,15 @@ class EventStream(Response):
             self._events = self._subscribed(place)
         except GapError as error:
             self._events = self._subscribed(_after_gap(error))
-            return b"%b\n%b" % (first, _gap(error))
-        at = self._events.cursor
-        return b"%bid: %d-%d\n%b\n" % (first, at.epoch, at.seq, shown)
+            return b"%b\n%b" % (first, self._gap(error))
+        return b"%bid: %b\n%b\n" % (first, self._id(self._events.cursor), shown)
+
+    def _is_of_another(self) -> bool:
+        """Whether the position is one of another stream; under a key, also whether it does not say."""
+        return self._params.key is not None if self._named is None else self._named != self._stream.id
+
+    def _id(self, at: Cursor) -> bytes:
+        return b"%d-%d%b" % (at.epoch, at.seq, self._of)
 
     def _subscribed(self, place: After) -> Subscription:
         return self._stream.subscribe(place, max_behind=self._params.max_behind)
@@ -324,7 +347,7 @@ class EventStream(Response):
                         batch = await events.next_batch(_BATCH_EVENTS)
                 except SupervisorError as error:
                     if isinstance(error, GapError) and (place := _after_gap(error)) != at:
-                        await send(_body(_gap(error)))
+                        await send(_body(self._gap(error)))
                         self._events = self._subscribed(place)
                         return True
                     await send(_body(b"event: failed\ndata: %b\n\n" % _encode(_told(error))))
@@ -353,9 +376,33 @@ class EventStream(Response):
             messages = text_messages(events) if text else event_messages(events)
         return b"".join(
             [
-                b"id: %d-%d\nevent: %b\ndata: %b\n\n" % (epoch, m.seq, m.kind.encode(), encode_event(m))
+                b"id: %b\nevent: %b\ndata: %b\n\n"
+                % (self._id(Cursor(epoch, m.seq)), m.kind.encode(), encode_event(m))
                 for m in messages
             ]
+        )
+
+    def _gap(self, error: GapError, message: str | None = None) -> bytes:
+        """Return a gap as an event: who comes again with its id is given what can still be read, and not the gap once more."""
+        told = _told(error) if message is None else {**_told(error), "message": message}
+        return b"id: %b\nevent: gap\ndata: %b\n\n" % (self._id(_after_gap(error)), _encode(told))
+
+    def _another(self, place: Cursor) -> bytes:
+        """Return the gap between a position of another stream and this one, which is read from its start."""
+        stream = self._stream
+        error = GapError(
+            stream_id=stream.id,
+            epoch=1,
+            after_epoch=place.epoch,
+            after_seq=place.seq,
+            earliest_seq=1,
+            tail_seq=stream.tail_seq,
+        )
+        whose = (
+            "does not say of which stream it is" if self._named is None else f"is one of stream {self._named}"
+        )
+        return self._gap(
+            error, f"position {place.epoch}-{place.seq} {whose}; stream {stream.id} follows from its start"
         )
 
 
@@ -365,12 +412,6 @@ def _body(data: bytes) -> dict[str, Any]:
 
 def _after_gap(error: GapError) -> Cursor:
     return Cursor(error.epoch, error.earliest_seq - 1)
-
-
-def _gap(error: GapError) -> bytes:
-    """Return a gap as an event: who comes again with its id is given what can still be read, and not the gap once more."""
-    place = _after_gap(error)
-    return b"id: %d-%d\nevent: gap\ndata: %b\n\n" % (place.epoch, place.seq, _encode(_told(error)))
 
 
 def _told(error: Exception) -> Mapping[str, Any]:

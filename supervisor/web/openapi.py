@@ -62,7 +62,7 @@ _EVENT = {
     "type": "object",
     "description": "each event of the stream",
     "properties": {
-        "id": {"type": "string", "description": "EPOCH-SEQ"},
+        "id": {"type": "string", "description": "`EPOCH-SEQ`; under a key `EPOCH-SEQ-STREAM`"},
         "event": {"type": "string", "description": "its kind, or `gap`, or `failed`"},
         "data": {
             "type": "string",
@@ -99,10 +99,10 @@ _ID = {
 }
 _AFTER = {
     "name": "after",
-    "description": "From where on: `start`, `tail` (only what is new), `snapshot` (first the answer so far), or a position, `EPOCH-SEQ`.",
+    "description": "From where on: `start`, `tail` (only what is new), `snapshot` (first the answer so far), or a position: the id of an event.",
     "schema": {
         "type": "string",
-        "pattern": "^(start|tail|snapshot|[1-9][0-9]{0,8}-(0|[1-9][0-9]{0,17}))$",
+        "pattern": "^(start|tail|snapshot|[1-9][0-9]{0,8}-(0|[1-9][0-9]{0,17})(-[!-~]{1,256})?)$",
         "default": "start",
     },
 }

@@ -237,6 +237,32 @@ async def test_a_gap_is_told_and_what_can_be_read_follows() -> None:
         assert [event.event for event in again.events] == [event.event for event in found.events[1:]]
 
 
+async def test_a_position_is_good_for_its_stream_alone() -> None:
+    """Under a key whose stream has been replaced, the place in the old one is a gap, and the new one follows from its start."""
+    async with scene() as front:
+        one = await front.ended(key="k")
+        path = "/streams/key:k/events?view=text"
+        whole = interpret((await front.ask("GET", path)).body)
+        assert whole.events[0].id.endswith(f"-{one}")
+        last = whole.events[0].id  # its text; the outcome is still to come
+        rest = interpret((await front.ask("GET", path, last_event_id=last)).body)
+        assert [event.event for event in rest.events] == ["outcome"]
+        assert (await front.ask("GET", path, last_event_id=whole.last_event_id)).status == 204
+        by_id = await front.events(one, "?view=text", last_event_id=last)
+        assert [event.event for event in by_id.events] == ["outcome"]
+        two = await front.ended(key="k", on_conflict="replace")
+        for position in (last, "1-1", f"1-0-{one}"):
+            found = interpret((await front.ask("GET", path, last_event_id=position)).body)
+            assert [event.event for event in found.events] == ["gap", "text", "outcome"]
+            gap = json.loads(found.events[0].data)
+            assert (gap["kind"], gap["id"], gap["earliest"]) == ("gap", two, 1)
+            assert found.events[0].id == f"1-0-{two}"
+        again = interpret((await front.ask("GET", path, last_event_id=f"1-0-{two}")).body)
+        assert [event.event for event in again.events] == ["text", "outcome"]
+        other = await front.events(two, f"?view=text&after={last}")
+        assert [event.event for event in other.events] == ["gap", "text", "outcome"]
+
+
 async def test_a_gap_on_the_way() -> None:
     """History that is gone when its reader gets to it is told where it is missing, and reading goes on behind it."""
     store = MemoryStore(max_bytes=6000)
