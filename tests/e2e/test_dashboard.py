@@ -135,7 +135,15 @@ def test_start_watch_and_stop(browser: Browser, daemon: Daemon, api: httpx.Clien
         asking.get_by_label("Key").fill("from-the-page")
         asking.get_by_role("button", name="Start", exact=True).click()
         expect(page.locator("#start-wrong")).to_contain_text("a configured upstream: goes-on, sim")
+        expect(asking.get_by_label("Upstream")).to_be_focused()
+        asking.get_by_label("Upstream").fill("simulated")
+        expect(asking.get_by_label("Model")).to_have_attribute("placeholder", "sim/paced")
         asking.get_by_label("Upstream").fill("sim")
+        asking.get_by_label("Model").fill("")
+        asking.get_by_role("button", name="Start", exact=True).click()
+        expect(page.locator("#start-wrong")).to_contain_text("model: it is missing")
+        expect(asking.get_by_label("Model")).to_be_focused()
+        asking.get_by_label("Model").fill("sim/endless")
         asking.get_by_role("button", name="Start", exact=True).click()
 
         expect(page.locator("#detail-title")).to_have_text("from-the-page")
@@ -481,6 +489,8 @@ def test_what_is_wrong_is_told(browser: Browser, daemon: Daemon) -> None:
             told |= {"status": "degraded", "problems": ["the store cannot write: disk full"]}
             told["active"]["live"] = 9_500
             told["memory"]["pressure"] = True
+            told["hour"]["events"] |= {"count": 1, "p50": 1.02}
+            told["hour"]["bytes"] |= {"count": 1, "p50": 100.0, "p95": 100.0}
             circuit = {
                 "state": "open",
                 "failures": 9,
@@ -498,6 +508,7 @@ def test_what_is_wrong_is_told(browser: Browser, daemon: Daemon) -> None:
         expect(page.locator("#status")).to_have_text("degraded")
         expect(page.locator("#tile-live")).to_have_attribute("data-alarm", "high")
         expect(page.locator("#memory-foot")).to_contain_text("short of memory")
+        expect(page.locator("#events-foot")).to_contain_text("a stream: 1 event,")
         expect(page.locator("#circuits li").first).to_contain_text("circuit open")
         expect(page.locator("#circuits li").first).to_contain_text("refused 7 · tried again in 4.0 s")
         assert violations(page) == []

@@ -6,9 +6,10 @@
 const TIMEOUT_MS = 10_000;
 
 export class ApiError extends Error {
-  constructor(status, { kind = "", message = "", temporary = false, retry_after_s = null } = {}) {
+  constructor(status, { kind = "", field = "", message = "", temporary = false, retry_after_s = null } = {}) {
     super(message || `HTTP ${status}`);
     this.status = status;
+    this.field = field;
     this.kind = kind;
     this.temporary = temporary;
     this.retryAfter = retry_after_s;

@@ -1,7 +1,7 @@
 // What the page asks before it does something: stop a stream, start one, sign in.
 
 import * as api from "./api.js";
-import { byId, setText } from "./elements.js";
+import { byId, setAttribute, setText } from "./elements.js";
 import { duration, modelOf, nameOf, shortened, wordOf } from "./words.js";
 
 /** Ask whether to stop a stream; resolves to the daemon's answer, or to null if it is kept. */
@@ -63,9 +63,12 @@ export function askStart() {
   const form = byId("start-form");
   setText(byId("start-wrong"), "");
   if (byId("start-upstream").value === "") byId("start-upstream").value = byId("upstreams").firstElementChild?.value ?? "";
+  const hint = () => setAttribute(byId("start-model"), "placeholder", byId("start-upstream").value === "simulated" ? "sim/paced" : null);
+  hint();
   return new Promise((resolve) => {
     const listening = new AbortController();
     let answer = null;
+    byId("start-upstream").addEventListener("input", hint, { signal: listening.signal });
     const submit = async (event) => {
       if (event.submitter?.value === "leave") return;
       event.preventDefault();
@@ -76,6 +79,7 @@ export function askStart() {
         dialog.close();
       } catch (error) {
         setText(byId("start-wrong"), error.message);
+        if (["upstream", "model", "key"].includes(error.field)) byId(`start-${error.field}`).focus();
       }
     };
     form.addEventListener("submit", submit, { signal: listening.signal });

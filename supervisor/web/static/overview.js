@@ -96,7 +96,7 @@ function showEvents(told) {
   const rates = records.map((value) => (value == null ? null : value / step));
   if (rates.at(-1) != null) rates[rates.length - 1] = now >= 10 ? records.at(-1) / now : (rates.at(-2) ?? null);
   setText(byId("events"), rate(rates.at(-1)));
-  setText(byId("events-foot"), hour.bytes.count ? `a stream: ${compact(hour.events.p50)} events, ${bytes(hour.bytes.p50)} · 95 % under ${bytes(hour.bytes.p95)}` : "no stream has ended in the last hour");
+  setText(byId("events-foot"), hour.bytes.count ? `a stream: ${plural(hour.events.p50, "event", compact)}, ${bytes(hour.bytes.p50)} · 95 % under ${bytes(hour.bytes.p95)}` : "no stream has ended in the last hour");
   charts.events.update(
     { ...columns(told, "records"), series: [rates] },
     {

@@ -150,7 +150,8 @@ export function when(at) {
   return at == null ? NOTHING : dateAndTime.format(at * 1000);
 }
 
-/** `1 reader`, `2 readers`. */
-export function plural(value, noun) {
-  return `${count(value)} ${noun}${value === 1 ? "" : "s"}`;
+/** `1 reader`, `2 readers`; said: how the number is told. */
+export function plural(value, noun, said = count) {
+  const told = said(value);
+  return `${told} ${noun}${told === "1" ? "" : "s"}`;
 }
