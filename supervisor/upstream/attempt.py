@@ -383,7 +383,7 @@ def make_request(upstream: Upstream, call: Call | bytes, secret: str) -> httpx.R
     )
     if isinstance(call, Call):
         method, url = call.method, upstream.base_url.rstrip("/") + call.path
-        headers.update(call.headers)
+        headers.update(httpx.Headers(dict(call.headers), encoding="latin-1"))  # a character is a byte
         given = call.body
         body = given if isinstance(given, bytes) else b"" if given is None else msgspec.json.encode(given)
     if method == "POST":

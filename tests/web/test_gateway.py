@@ -252,6 +252,9 @@ MISTAKES = {
     "more than an id": ("/v1/responses/a%3Fb/cancel", b"", {}, 404),
     "a bad key": (CHAT, b'{"model":"m"}', {"x-stream-key": "a b"}, 400),
     "a bad policy": (CHAT, b'{"model":"m"}', {"x-stream-on-disconnect": "maybe"}, 400),
+    "a control character": (CHAT, b'{"model":"m"}', {"traceparent": "a\x01"}, 400),
+    "a delete": (STREAMED["google array"][0], b"{}", {"x-title": "a\x7fb"}, 400),
+    "one about a response": ("/v1/responses/a/cancel", b"", {"openai-beta": "\x1fa"}, 400),
 }
 
 
@@ -263,6 +266,7 @@ async def test_mistakes_are_told_in_the_providers_shape(mistake: str) -> None:
         answer = await client.post(path, content=body, headers=headers)
         assert answer.status_code == status
         assert answer.json()["error"]["message"]
+        assert answer.headers["x-should-retry"] == "false"
         assert place.up.request_count == 0
 
 

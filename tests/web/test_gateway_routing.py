@@ -83,6 +83,17 @@ async def test_headers_that_matter_are_passed_and_keys_are_not(monkeypatch: pyte
         assert place.up.requests[-1].header("anthropic-version") == "2023-06-01"
 
 
+@pytest.mark.parametrize("title", ["Caf\u00e9\t\u2603".encode(), b"Caf\xe9", b""])
+async def test_the_bytes_of_a_header_are_passed_on(title: bytes) -> None:
+    """Whatever they are the text of, also where the answer is no stream."""
+    path, body = STREAMED["chat"]
+    async with gateway_at() as place, place.client(headers={b"x-title": title}) as client:
+        assert (await client.post(path, json=body)).status_code == 200
+        await client.get("/v1/responses/resp_a")
+        for request in place.up.requests:
+            assert request.header("x-title", "none").encode("latin-1") == title
+
+
 PLACES = {
     "bearer": {"authorization": "Bearer %"},
     "anthropic": {"x-api-key": "%"},

@@ -69,6 +69,7 @@ VIA: Final = "x-stream-via"
 MAX_MODEL_CHARS: Final = 512
 """The longest name of a model."""
 _ID: Final = re.compile(r"(?=[^.])[\w.:~=+@-]{1,256}", re.ASCII)
+_CONTROL: Final = re.compile(r"[\x00-\x08\n-\x1f\x7f]")
 _GOOGLE: Final = re.compile(
     r"(?P<model>[^/\x00-\x20?#].{0,255}):(?P<verb>streamGenerateContent|generateContent)"
 )
@@ -270,6 +271,7 @@ def _query(scope: Mapping[str, Any]) -> str:
 def _passed(
     scope: Mapping[str, Any], more: frozenset[bytes], endpoint: Endpoint, *, streamed: bool
 ) -> Mapping[str, str]:
+    """Return what is passed on of a client's headers, a character for each byte. Raises BadRequestError for one that cannot be."""
     passed = {"anthropic-version": VERSION} if endpoint.api is ANTHROPIC else {}
     if not streamed:
         passed["accept"] = "application/json"
@@ -277,5 +279,8 @@ def _passed(
         if name in _PASSED or name in more:
             key = name.decode("latin-1")
             text = value.decode("latin-1")
+            if _CONTROL.search(text):
+                message = f"the header {key} has a control character in it, and cannot be passed on"
+                raise BadRequestError(400, "header", message)
             passed[key] = f"{passed[key]},{text}" if key == "anthropic-beta" and key in passed else text
     return passed
