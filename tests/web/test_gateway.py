@@ -270,6 +270,52 @@ async def test_mistakes_are_told_in_the_providers_shape(mistake: str) -> None:
         assert place.up.request_count == 0
 
 
+ASTRAY = {
+    ("POST", "/chat/completions"): (
+        404,
+        "no /chat/completions here, but /v1/chat/completions: the",
+        "HERE/v1",
+    ),
+    ("POST", "/v1/v1/responses"): (404, "no /v1/v1/responses here, but /v1/responses: the", "HERE/v1"),
+    ("POST", "/messages"): (404, "no /messages here, but /v1/messages: the", "HERE/v1"),
+    ("POST", "/v1/v1/messages"): (404, "no /v1/v1/messages here, but /v1/messages: the", "HERE"),
+    ("POST", "/v1/api/chat"): (404, "no /v1/api/chat here, but /api/chat: the", "HERE"),
+    ("GET", "/models"): (404, "no /models here, but /v1/models: the", "HERE/v1"),
+    ("POST", "/v1/embeddings"): (404, "/v1/embeddings is not served here: ", "embeddings, files"),
+    ("POST", "/embeddings"): (404, "/embeddings is not served here: ", "embeddings, files"),
+    ("POST", "/v1/messages/count_tokens"): (
+        404,
+        "/v1/messages/count_tokens is not served here: ",
+        "counting",
+    ),
+    ("GET", "/api/tags"): (404, "/api/tags is not served here: ", ""),
+    ("GET", "/v1beta/models"): (404, "is not served here", ""),
+    ("GET", "/v1/chat/completions"): (405, "is asked by POST here, not by GET", ""),
+    ("POST", "/v1/models"): (405, "is asked by GET here, not by POST", ""),
+    ("PUT", "/v1/responses/resp_1"): (405, "is asked by DELETE or GET here, not by PUT", ""),
+}
+
+
+@pytest.mark.parametrize(("method", "path"), ASTRAY)
+async def test_a_request_astray_is_told_where_to_go(method: str, path: str) -> None:
+    """A base URL that is nearly right, and what is not served, are told in the provider's shape with words that help."""
+    status, *words = ASTRAY[method, path]
+    async with gateway_at() as place, place.client() as client:
+        answer = await client.request(method, path, content=b"{}")
+        assert answer.status_code == status
+        assert (answer.headers.get("allow") is not None) == (status == 405)
+        error = answer.json()["error"]
+        message = error if "/api" in path else error["message"]
+        if "/messages" in path:
+            assert answer.json()["type"] == "error"
+        if "/v1beta" in path:
+            assert error["status"] == "NOT_FOUND"
+        for said in words:
+            wanted = str(said).replace("HERE", place.here)
+            assert wanted in message
+            assert "HERE" not in str(said) or message.endswith(wanted)
+
+
 async def test_too_many_and_too_late_are_told_with_when_to_come_back() -> None:
     """At the limit of live streams 429, while draining 503, both in the provider's shape and with Retry-After."""
     path, body = STREAMED["chat"]

@@ -51,6 +51,7 @@ from supervisor.web.gateway.asked import (
     read,
     read_google,
 )
+from supervisor.web.gateway.astray import astray
 from supervisor.web.gateway.config import GatewayConfig, GatewayRoute
 from supervisor.web.gateway.relay import Relay, failure_here, passed_headers, send_answered, send_failure
 
@@ -154,7 +155,7 @@ class Gateway:
     def routes(self) -> list[Route]:
         """Return the routes."""
         responses = "/v1/responses/{id}"
-        return [
+        routes = [
             *(self._posted(path, endpoint) for path, endpoint in ENDPOINTS.items()),
             *(self._google(f"/{version}/models/{{call:path}}") for version in ("v1beta", "v1alpha", "v1")),
             self._about(responses, "GET", ""),
@@ -163,6 +164,7 @@ class Gateway:
             self._about(f"{responses}/input_items", "GET", "/input_items"),
             Route("/v1/models", _Endpoint(self._models, OPENAI), methods=["GET"]),
         ]
+        return [*routes, *astray(routes)]
 
     def _posted(self, path: str, endpoint: Endpoint) -> Route:
         async def serve(request: Request, send: Send) -> None:
