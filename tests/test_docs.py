@@ -23,8 +23,8 @@ import trio
 from trio.testing import MockClock
 
 import supervisor
-from supervisor import daemon, dialects, open_supervisor
-from supervisor.cli import main
+from supervisor import daemon, dialects, observe, open_supervisor
+from supervisor.cli import main, tracing
 from supervisor.config import DEFAULT_PORT, parse
 from supervisor.dialects import BUILTIN, FaultKind, Snapshot
 from supervisor.stores import Event
@@ -114,6 +114,39 @@ def test_the_embedding_guide_names_every_field():
     ):
         rows = page.partition(start)[2].partition("\n\n")[0].splitlines()[2:]
         assert {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])} == fields
+
+
+async def test_the_trace_in_the_readme():
+    """What `trace` prints of such a stream now is the README's sample, but for ids, figures and the lengths of bars."""
+    page = README.read_text("utf-8")
+    (command, sample), *_ = re.findall(
+        r'^\$ stream-supervisor start simulated --model "(.*?)".*\n\$ .* trace \w+\n(.*?)^```$',
+        page,
+        re.MULTILINE | re.DOTALL,
+    )
+    model = command.replace("=0.02", "=0.001").replace("=0.2", "=0.01")
+    assert model != command
+    async with (
+        SimulatedUpstream() as provider,
+        contextlib.aclosing(StreamTransport()) as transport,
+        open_supervisor() as sup,
+    ):
+        retry = RetryPolicy(wait_initial_s=0.01, resume=("restart",))
+        upstream = Upstream(name="simulated", base_url=provider.base_url, proxy="direct", retry=retry)
+        source = upstream.source({"model": model, "messages": []}, transport=transport)
+        stream = await sup.start(source, meta={"model": model})
+        with trio.fail_after(10):
+            await stream.wait()
+        printed = "\n".join(str(line) for line in tracing._lines(await observe.trace(stream), 60))
+    assert _without_figures(printed) == _without_figures(sample)
+
+
+def _without_figures(text: str) -> list[str]:
+    text = re.sub(r"\b\w{26}\b", "ID", text.rstrip())
+    text = re.sub(r"[░█·▁▂▃▄▅▆▇]{2,}|[░█▁▂▃▄▅▆▇]", "", text)
+    text = re.sub(r"\d[\d.,]*( (k?B|m?s)\b)?", "#", text)
+    text = text.replace(" (waited #)", "")  # drawn at random, and so it may be none
+    return [" ".join(line.split()) for line in text.splitlines()]
 
 
 # --- what is generated -----------------------------------------------------------------------------------------------
