@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from tests.upstream.scripted import Peer, serve
-from tests.web.gateways import WHOLE, Place, gateway_at, upstreams_at
+from tests.web.gateways import STREAMED, WHOLE, Place, error_of, gateway_at, upstreams_at
 
 ABOUT = "/v1/responses/resp_1"
 
@@ -44,3 +44,76 @@ async def test_a_whole_answer_may_be_large(what: str) -> None:
         path, asking = WHOLE["chat"]
         answer = await (client.get(ABOUT) if what == "what is kept" else client.post(path, json=asking))
         assert (answer.status_code, answer.content == body) == (200, True)
+
+
+CALLED_FAILED = {
+    "chat": (b'{"error":{"message":"no","code":503}}', True),
+    "chat, flat": (b'{"object":"error","message":"no","code":500}', False),
+    "chat, by its finish": (b'{"choices":[{"index":0,"message":{},"finish_reason":"error"}]}', False),
+    "responses": (b'{"object":"response","status":"failed","error":{"message":"no"}}', True),
+    "messages": (b'{"type":"error","error":{"type":"overloaded_error","message":"no"}}', True),
+    "messages, as others": (b'{"error":{"message":"no"}}', False),
+    "google": (b'{"error":{"code":503,"message":"no","status":"UNAVAILABLE"}}', True),
+    "google, without a code": (b'{"error":{"message":"no"}}', False),
+    "ollama chat": (b'{"error":"no"}', True),
+    "ollama chat, as others": (b'{"error":{"message":"no"}}', False),
+}
+
+
+@pytest.mark.parametrize("what", CALLED_FAILED)
+async def test_a_whole_answer_that_failed_has_a_status(what: str) -> None:
+    """An SDK looks at the status alone. The body is the upstream's if it is an error as the API has it, else one of ours."""
+    body, kept = CALLED_FAILED[what]
+    async with saying("content-type: application/json\r\n", body) as (place, client):
+        path, asking = WHOLE[what.partition(",")[0]]
+        answer = await client.post(path, json=asking)
+        assert (await place.outcome()).reason == "provider_error"
+        assert answer.status_code in (502, 503)
+        assert (answer.content == body) == kept
+        assert answer.json()["error"]
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+_CHAT = b'data: {"choices":[{"index":0,"delta":{"content":"Half"},"finish_reason":null}]}\n\n'
+_MESSAGES = b'event: message_start\ndata: {"type":"message_start","message":{"id":"m"}}\n\n'
+_GOOGLE = b'data: {"candidates":[{"content":{"parts":[{"text":"Half"}]}}]}\n\n'
+_OLLAMA = b'{"message":{"role":"assistant","content":"Half"},"done":false}\n'
+_CREATED = b'data: {"type":"response.created","response":{"id":"r"}}\n\n'
+SAID_FAILED = {
+    "chat": (_CHAT + b'data: {"error":{"message":"no"}}\n\n', True),
+    "chat, in a chunk": (_CHAT + b'data: {"choices":[],"error":{"message":"no"}}\n\n', True),
+    "chat, flat": (_CHAT + b'data: {"object":"error","message":"no","code":500}\n\n', False),
+    "chat, by its finish": (_CHAT + b'data: {"choices":[{"index":0,"finish_reason":"error"}]}\n\n', False),
+    "chat, by a name": (_CHAT + b'event: error\ndata: {"message":"no"}\n\n', False),
+    "chat, in a list": (_CHAT + b'data: [{"error":{"message":"no"}}]\n\n', False),
+    "responses": (_CREATED + b'event: error\ndata: {"type":"error","message":"no"}\n\n', True),
+    "responses, its own": (
+        _CREATED + b'data: {"type":"response.failed","response":{"error":{"message":"no"}}}\n\n',
+        True,
+    ),
+    "responses, flat": (_CREATED + b'data: {"object":"error","message":"no","code":500}\n\n', False),
+    "messages": (_MESSAGES + b'event: error\ndata: {"type":"error","error":{"message":"no"}}\n\n', True),
+    "messages, no name": (_MESSAGES + b'data: {"type":"error","error":{"message":"no"}}\n\n', False),
+    "messages, no type": (_MESSAGES + b'event: error\ndata: {"error":{"message":"no"}}\n\n', False),
+    "google events": (_GOOGLE + b'data: {"error":{"code":503,"message":"no"}}\n\n', True),
+    "google events, a list": (_GOOGLE + b'data: [{"error":{"code":503,"message":"no"}}]\n\n', False),
+    "google events, not first": (_GOOGLE + b'data: {"a":1,"error":{"code":503,"message":"no"}}\n\n', False),
+    "google events, no code": (_GOOGLE + b'data: {"error":{"message":"no"}}\n\n', False),
+    "ollama chat": (_OLLAMA + b'{"error":"no"}\n', True),
+    "ollama chat, an object": (_OLLAMA + b'{"error":{"message":"no"}}\n', False),
+}
+
+
+@pytest.mark.parametrize("what", SAID_FAILED)
+async def test_a_failure_is_told_in_words_that_sdks_know(what: str) -> None:
+    """The upstream's last event is the end if SDKs raise on just that shape; after any other comes an error of ours."""
+    body, known = SAID_FAILED[what]
+    kind = "application/x-ndjson" if what.startswith("ollama") else "text/event-stream"
+    async with saying(f"content-type: {kind}\r\n", body) as (place, client):
+        path, asking = STREAMED[what.partition(",")[0]]
+        answer = await client.post(path, json=asking)
+        assert (await place.outcome()).reason == "provider_error"
+        assert answer.content.startswith(body)
+        assert (answer.content == body) == known
+        assert known or error_of(answer.content)["error"]

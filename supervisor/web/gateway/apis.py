@@ -92,6 +92,8 @@ class Api:
     """Makes the body of an HTTP error."""
     event: Callable[[Failure, int], tuple[str, Mapping[str, Any]]]
     """Makes the event, with its name, that ends a stream badly; given how many events came before it."""
+    told: Callable[[str | None, Mapping[str, Any]], bool]
+    """Whether an event of this name, or (None) a body, is an error in just the form that the API's SDKs look for."""
     keep_alive: bytes = b": keep-alive\n\n"
     """What is sent in an event stream for a sign of life."""
 
@@ -103,6 +105,14 @@ class Api:
         """Return the name and the payload of the event that ends a stream badly."""
         name, value = self.event(failure, events)
         return name, msgspec.json.encode(value)
+
+    def tells(self, name: str | None, payload: bytes) -> bool:
+        """Whether an event of this name, or (None) a body, is what an SDK takes for an error: other words for it are passed over."""
+        try:
+            value = msgspec.json.decode(payload)
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(value, dict) and self.told(name, value)
 
 
 def sse(name: str, payload: bytes) -> bytes:
@@ -124,10 +134,21 @@ def _openai_event(failure: Failure, events: int) -> tuple[str, Mapping[str, Any]
     return "", _openai(failure)
 
 
+def _openai_told(name: str | None, value: Mapping[str, Any]) -> bool:
+    del name
+    return bool(value.get("error"))
+
+
 def _responses_event(failure: Failure, events: int) -> tuple[str, Mapping[str, Any]]:
     # Both shapes that OpenAI's own streams have had: SDKs look at the one or at the other.
     told = {"type": "error", "code": failure.code, "message": failure.message, "param": None}
     return "error", {**told, "sequence_number": events, **_openai(failure)}
+
+
+def _responses_told(name: str | None, value: Mapping[str, Any]) -> bool:
+    return _openai_told(name, value) or (
+        name is not None and value.get("type") in ("error", "response.failed")
+    )
 
 
 def _anthropic(failure: Failure) -> Mapping[str, Any]:
@@ -143,6 +164,10 @@ def _anthropic_event(failure: Failure, events: int) -> tuple[str, Mapping[str, A
     return "error", _anthropic(failure)
 
 
+def _anthropic_told(name: str | None, value: Mapping[str, Any]) -> bool:
+    return name in (None, "error") and value.get("type") == "error" and isinstance(value.get("error"), dict)
+
+
 def _google(failure: Failure) -> Mapping[str, Any]:
     status = _GOOGLE_STATUSES.get(failure.status, "INTERNAL")
     return {"error": {"code": failure.status, "message": failure.message, "status": status}}
@@ -151,6 +176,13 @@ def _google(failure: Failure) -> Mapping[str, Any]:
 def _google_event(failure: Failure, events: int) -> tuple[str, Mapping[str, Any]]:
     del events
     return "", _google(failure)
+
+
+def _google_told(name: str | None, value: Mapping[str, Any]) -> bool:
+    # google-genai looks at how the object begins, knows of no names, and compares the code.
+    error = value.get("error")
+    first = next(iter(value), None)
+    return not name and first == "error" and isinstance(error, dict) and type(error.get("code")) is int
 
 
 def _ollama(failure: Failure) -> Mapping[str, Any]:
@@ -162,9 +194,15 @@ def _ollama_event(failure: Failure, events: int) -> tuple[str, Mapping[str, Any]
     return "", _ollama(failure)
 
 
-OPENAI: Final = Api(error=_openai, event=_openai_event)
-RESPONSES: Final = Api(error=_openai, event=_responses_event)
-ANTHROPIC: Final = Api(error=_anthropic, event=_anthropic_event)
+def _ollama_told(name: str | None, value: Mapping[str, Any]) -> bool:
+    del name
+    error = value.get("error")
+    return isinstance(error, str) and bool(error)
+
+
+OPENAI: Final = Api(error=_openai, event=_openai_event, told=_openai_told)
+RESPONSES: Final = Api(error=_openai, event=_responses_event, told=_responses_told)
+ANTHROPIC: Final = Api(error=_anthropic, event=_anthropic_event, told=_anthropic_told)
 # google-genai takes a comment for a line of JSON; an empty line it skips, as the event-stream standard has it.
-GEMINI: Final = Api(error=_google, event=_google_event, keep_alive=b"\n")
-OLLAMA: Final = Api(error=_ollama, event=_ollama_event)
+GEMINI: Final = Api(error=_google, event=_google_event, told=_google_told, keep_alive=b"\n")
+OLLAMA: Final = Api(error=_ollama, event=_ollama_event, told=_ollama_told)

@@ -8,8 +8,8 @@ used.
 or one of ours. In an event stream it goes earlier if there is nothing to tell for `keep_alive_s`.
 
 **The end** is told only when the outcome is durable. An answer that ended well ends; any other ends with an error event in the
-provider's shape, unless the upstream's own last event was one. An answer that is one JSON value is held until then, and so is never
-sent by halves.
+provider's shape, unless the upstream's own last event was one in just that shape. An answer that is one JSON value is held until then,
+and so is never sent by halves; if it says that it failed, it comes with a status that says so too.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ import msgspec
 import trio
 from starlette.types import Send
 
-from supervisor.dialects import Dialect, UnparseableError
-from supervisor.dialects.faults import find_fault
+from supervisor.dialects import Dialect
 from supervisor.errors import (
     AdmissionError,
     GapError,
@@ -151,15 +150,20 @@ def failure_here(error: SupervisorError) -> Failure:
 
 
 async def send_failure(
-    send: Send, api: Api, failure: Failure, headers: Sequence[tuple[bytes, bytes]] = ()
+    send: Send,
+    api: Api,
+    failure: Failure,
+    headers: Sequence[tuple[bytes, bytes]] = (),
+    *,
+    body: bytes | None = None,
 ) -> None:
-    """Send an error of our own, in the API's shape."""
+    """Send an error in the API's shape: our own, or a body that has it."""
     more = [(b"content-type", b"application/json"), *headers]
     if failure.retry_after_s is not None and not any(name == b"retry-after" for name, _ in headers):
         more.append((b"retry-after", b"%d" % max(1, round(failure.retry_after_s))))
     if not failure.again:
         more.append((b"x-should-retry", b"false"))
-    await _send_whole(send, failure.status, api.body(failure), more)
+    await _send_whole(send, failure.status, api.body(failure) if body is None else body, more)
 
 
 async def send_answered(send: Send, answered: Answered, headers: Sequence[tuple[bytes, bytes]]) -> None:
@@ -260,13 +264,13 @@ class Relay:
 
     def _likely_framing(self) -> Framing:
         answered = self.answered()
-        if answered is not None and answered.framing is not None:
-            return answered.framing
-        if self.whole:
+        framing = None if answered is None else answered.framing
+        if self.whole and framing in (None, "ndjson"):  # one line of Ollama's is one value
             return "json"
-        framing = self.dialect.framing
-        assert framing != "none", "an upstream's dialect has a framing"
-        return framing
+        if framing is not None:
+            return framing
+        assert self.dialect.framing != "none", "an upstream's dialect has a framing"
+        return self.dialect.framing
 
     async def _flush(self, parts: list[bytes]) -> None:
         if not parts:
@@ -316,34 +320,28 @@ class Relay:
 
     async def _end(self, outcome: Outcome) -> None:
         """Tell how it ended."""
-        well = outcome.state is State.COMPLETED or (
-            outcome.reason == "provider_error" and self._events > 0 and self._tells_error()
+        well, held = outcome.state is State.COMPLETED, self._held is not None
+        name, payload = self._last
+        told = (
+            outcome.reason == "provider_error"
+            and self._events > 0
+            and self.api.tells(None if held else name, payload)
         )
-        if self._held is not None and well:
-            await _send_whole(self.send, 200, self._held[1], self._headers())
-        elif well:
+        if well and held:
+            await _send_whole(self.send, 200, payload, self._headers())
+        elif well or (told and not held):
             await self._begin()
             last = b"" if self._framing != "json-array" else b"]" if self._events else b"[]"
             await self.send({"type": "http.response.body", "body": last})
         else:
-            await self._break_off(failure_of(outcome), refused=outcome.reason == "http_status")
+            refused = outcome.reason == "http_status"
+            await self._break_off(failure_of(outcome), refused=refused, body=payload if told else None)
 
-    def _tells_error(self) -> bool:
-        """Whether the last event is itself what says that it went wrong."""
-        name, payload = self._last
-        try:
-            meant = self.dialect.reader().read(payload, name or "message")
-        except UnparseableError:
-            return False
-        if any(delta.fault is not None for delta in meant):
-            return True
-        try:
-            return find_fault(msgspec.json.decode(payload), lenient=self._held is not None) is not None
-        except (ValueError, RecursionError):
-            return False
+    async def _break_off(self, failure: Failure, *, refused: bool = False, body: bytes | None = None) -> None:
+        """End an answer that is not whole: by a status, or, if the head has been sent, by an event.
 
-    async def _break_off(self, failure: Failure, *, refused: bool = False) -> None:
-        """End an answer that is not whole: by a status, or, if the head has been sent, by an event. `refused`: by an HTTP error."""
+        `refused`: by an HTTP error. `body`: what the upstream says of it, in the API's shape.
+        """
         failure = attrs.evolve(failure, stream_id=self.stream.id)
         if self._framing is None:
             answered = self.answered()
@@ -351,16 +349,16 @@ class Relay:
             if refused and answered is not None and answered.framing is None:
                 await send_answered(self.send, answered, headers)
             else:
-                await send_failure(self.send, self.api, failure, headers)
+                await send_failure(self.send, self.api, failure, headers, body=body)
             return
         name, payload = self.api.last(failure, self._events)
         if self._framing == "sse":
-            body = sse(name, payload)
+            last = sse(name, payload)
         elif self._framing == "json-array":
-            body = b"%b%b]" % (b",\r\n" if self._events else b"[", payload)
+            last = b"%b%b]" % (b",\r\n" if self._events else b"[", payload)
         else:
-            body = payload + b"\n"
-        await self.send({"type": "http.response.body", "body": body})
+            last = payload + b"\n"
+        await self.send({"type": "http.response.body", "body": last})
 
 
 class _SkippedRecord(msgspec.Struct):
