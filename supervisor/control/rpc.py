@@ -6,7 +6,7 @@ once, straight into the method's own type. Exceptions become wire errors in one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import attrs
@@ -295,8 +295,11 @@ def _bad(message: str, answer_to: msgspec.Raw) -> Call:
 _T = TypeVar("_T", bound=msgspec.Struct)
 
 
-def read_params(params: msgspec.Raw, kind: type[_T]) -> _T:
-    """Decode a call's parameters. Raises RpcError (`invalid_params`) naming the field and what is right."""
+def read_params(params: msgspec.Raw, kind: type[_T], *, one_by_one: Mapping[str, str] | None = None) -> _T:
+    """Decode a call's parameters. Raises RpcError (`invalid_params`) naming the field and what is right.
+
+    one_by_one: the lists that were given an item at a time, each with the name that the item has.
+    """
     if bytes(params)[:1] == b"[":
         names = ", ".join(field.encode_name for field in msgspec.structs.fields(kind))
         raise RpcError("invalid_params", f"parameters are given by name: {names or 'none'}", field=None)
@@ -304,7 +307,8 @@ def read_params(params: msgspec.Raw, kind: type[_T]) -> _T:
         decoded: _T = _decoder(kind).decode(params)
     except msgspec.ValidationError as error:
         mistake = find_mistake(error, _read(params), kind)
-        field = _clipped(mistake.field, MAX_FIELD_CHARS)
+        given_as = (one_by_one or {}).get(mistake.field.partition("[")[0])
+        field = _clipped(given_as or mistake.field, MAX_FIELD_CHARS)
         told = f"{field}: {mistake.told}" if field else mistake.told
         raise RpcError("invalid_params", told, field=field or None) from None
     except (msgspec.DecodeError, UnicodeError) as error:

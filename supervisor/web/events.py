@@ -168,7 +168,7 @@ def _list_params(request: Request) -> ListParams:
             given[name] = {"true": True, "false": False}.get(value, value)
         else:
             given[name] = _number(value) if name == "limit" else value
-    return read_params(msgspec.Raw(_encode(given)), ListParams)
+    return read_params(msgspec.Raw(_encode(given)), ListParams, one_by_one={"states": "state"})
 
 
 def _subscribe_params(request: Request) -> tuple[SubscribeParams, str | None]:
