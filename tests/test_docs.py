@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any, get_args
 
 import attrs
+import httpx
 import pytest
 import trio
 from trio.testing import MockClock
@@ -311,6 +312,22 @@ async def test_the_simulated_models_end_as_the_page_says():
     fields = page.partition("| field | default | |")[2].partition("\n\n")[0].splitlines()[2:]
     names = {name for row in fields for name in re.findall(r"`(\w+)`", row.split("|")[1])}
     assert names - {field.name for field in attrs.fields(Script)} == set()
+
+
+async def test_which_faults_a_whole_answer_has():
+    """Of all faults, exactly those that the page names strike whoever asks for no stream."""
+    page = (ROOT / "docs" / "simulated-upstream.md").read_text("utf-8")
+    told = page.partition("What comes in\nplace of an answer (")[2].partition(")")[0]
+    struck = set()
+    async with SimulatedUpstream() as provider, httpx.AsyncClient(transport=StreamTransport()) as client:
+        url = f"{provider.base_url}/chat/completions"
+        for fault in set(get_args(FaultName)) - {"silent"}:  # which is waited for
+            try:
+                answer = await client.post(url, json={"model": f"sim/{fault}", "stream": False})
+                assert answer.json()["choices"][0]["message"]["content"] == Script().expected_text()
+            except httpx.TransportError:
+                struck.add(f"sim/{fault}")
+    assert struck | {"sim/silent"} == set(re.findall(r"`(.*?)`", told))
 
 
 # --- what is named ---------------------------------------------------------------------------------------------------
