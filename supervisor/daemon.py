@@ -259,7 +259,7 @@ class _Daemon:
                     config.web.host, None if self._token is None else Token(self._token)
                 )
                 taken = await _listening(nursery, web.run, config.web.host, config.web.port, "--web-port")
-                http = f"http://{_address(config.web.host, taken)}"
+                http = server.http = f"http://{_address(config.web.host, taken)}"
             if config.retention.limited:
                 nursery.start_soon(self._retain, name="retention")
             self.ending.started = True

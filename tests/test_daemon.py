@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import httpx
 import pytest
 import trio
 
@@ -346,6 +347,8 @@ async def test_in_process() -> None:
             await is_ready.wait()
             async with connect(told[0].url) as client:
                 assert (await client.health())["status"] == "ok"
+            async with httpx.AsyncClient(trust_env=False) as http:
+                assert str(told[0].http) in (await http.get(told[0].url.replace("ws:", "http:"))).text
             port = int(told[0].url.rpartition(":")[2])
             taken = attrs.evolve(config, control=ControlConfig(port=port))
             with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}") as caught:

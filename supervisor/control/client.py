@@ -697,6 +697,9 @@ def _connect_error(url: str, error: BaseException) -> ControlError:
         said = (error.body or b"").decode("utf-8", "replace")[:200]
         if error.status_code in {401, 403}:
             return AuthenticationError(f"{url} refused the connection: {said}")
+        kind = dict(error.headers or ()).get(b"content-type", b"text/plain").decode("latin-1")
+        if not kind.startswith("text/plain"):  # ours are short and plain
+            said = "that is an HTTP address, and the control channel has its own: ws://HOST:7433 by default"
         return ControlClosedError(None, f"{url} refused the connection with HTTP {error.status_code}: {said}")
     if isinstance(error, msgspec.DecodeError):
         return ControlClosedError(None, f"{url} sent what is not a message of this protocol: {error}")

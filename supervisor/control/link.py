@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Callable
 from typing import NoReturn
@@ -46,6 +47,8 @@ from supervisor.errors import ControlClosedError
 __all__ = ["GuardedStream", "Link", "LinkLimits", "Outbox"]
 
 _HEAD_END = b"\r\n\r\n"
+_REQUEST = re.compile(rb"[A-Z]+ \S+ HTTP/1\.[01]\r\n")
+_UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:[^\r\n]*websocket", re.IGNORECASE)
 _READ_BYTES = 64 << 10
 _DRAIN_BYTES = 1 << 20  # how much of a misbehaving peer's data is read away so that it can see our Close
 ABNORMAL = 1006
@@ -96,6 +99,9 @@ class GuardedStream(trio.abc.Stream):
         self._reading = False
         self._shut = False
         self.last_received = trio.current_time()
+        self.told_http = b""
+        """What a peer is answered that asks for HTTP, and not for a WebSocket. Nothing: it is for trio-websocket to refuse."""
+        self._asked_http = False
         self.fault: FrameError | None = None
         """What the peer did wrong, if that is why nothing more is received."""
         self.stalled = False
@@ -119,6 +125,9 @@ class GuardedStream(trio.abc.Stream):
                 except FrameError as fault:
                     self.fault = fault
                     break
+                if self._asked_http:
+                    await self._tell_http()
+                    break
                 if allowed:
                     return allowed
         except trio.Cancelled:
@@ -126,6 +135,16 @@ class GuardedStream(trio.abc.Stream):
             raise
         self.over.set()
         return b""
+
+    async def _tell_http(self) -> None:
+        """Answer, and read until the peer leaves: closing a socket with unread data in it would take the answer away."""
+        try:
+            await self._write(self.told_http)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return
+        left = _DRAIN_BYTES
+        while left > 0 and (data := await self._read()):
+            left -= len(data)
 
     async def _read(self) -> bytes:
         self._reading = True
@@ -157,6 +176,9 @@ class GuardedStream(trio.abc.Stream):
         before = len(self._head) - len(data)
         cut = end + len(_HEAD_END) - before
         accepted = not self._client or b" 101 " in self._head[:end].partition(b"\r\n")[0]
+        if self.told_http and _REQUEST.match(self._head) and not _UPGRADE.search(self._head, 0, end):
+            self._asked_http = True
+            return b""
         self._head = None
         if not accepted:
             return data

@@ -49,7 +49,7 @@ Times that end in `_s` are seconds; sizes that end in `_bytes` are bytes; absolu
 
 **Who may connect.** With a token configured: `Authorization: Bearer TOKEN`, compared in constant time; never in the URL, which
 others would log. Without one the server listens on loopback only. A request with an `Origin` is refused unless that
-origin is configured, so no web page can connect by default. A refusal is HTTP 401, 400 (subprotocol) or 503 (full).
+origin is configured, so no web page can connect by default. A refusal is HTTP 401, 400 (subprotocol), 426 (no WebSocket) or 503 (full).
 
 **Watching.** `stream.subscribe` names a position and a *credit*: how many journal events the client accepts. Events come as
 `stream.events`, many in one notification under load, each `first` following the `last` before it without a gap. A notification costs

@@ -194,6 +194,8 @@ class ControlServer(Host):
         self._access = Access(token=None if token is None else Token(token), origins=frozenset(origins))
         self.ports: tuple[int, ...] = ()
         """The ports listened on, once `run` has started."""
+        self.http: str | None = None
+        """Where HTTP is served beside it, for those who ask here for that."""
 
     def __repr__(self) -> str:
         return f"<ControlServer on {self.ports}: {len(self.sessions)} connections>"
@@ -218,6 +220,7 @@ class ControlServer(Host):
     async def handle(self, transport: trio.abc.Stream) -> None:
         """Serve one connection to its end. Raises nothing but `trio.Cancelled`."""
         guard = GuardedStream(transport, client=False, limits=self.limits.link)
+        guard.told_http = _for_http(self.http)
         try:
             await self._handle(guard)
         except* Exception as group:  # noqa: BLE001  # the boundary: one connection's error must not reach another
@@ -322,6 +325,18 @@ class ControlServer(Host):
         guard.opened()
         self.counts.accepted += 1
         return socket
+
+
+def _for_http(http: str | None) -> bytes:
+    """Return the answer to a request that is not for a WebSocket."""
+    where = "" if http is None else f" HTTP is served at {http}"
+    told = (
+        f"This is the control channel of stream-supervisor, which is for WebSocket clients.{where}\n".encode()
+    )
+    return (
+        b"HTTP/1.1 426 Upgrade Required\r\nUpgrade: websocket\r\nConnection: upgrade, close\r\n"
+        b"Content-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n\r\n%b" % (len(told), told)
+    )
 
 
 async def _cancel_when_over(guard: GuardedStream, scope: trio.CancelScope) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from functools import partial
 from typing import Any
 
 import attrs
@@ -512,4 +513,24 @@ async def test_a_server_that_lies_is_left() -> None:
         with pytest.raises(ControlClosedError):
             async with connect(f"ws://127.0.0.1:{listener.socket.getsockname()[1]}", limits=FAST):
                 pass
+        nursery.cancel_scope.cancel()
+
+
+async def page(stream: trio.SocketStream) -> None:
+    """Answer as a web server does."""
+    await stream.receive_some()
+    body = b"<!doctype html>" * 20
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n" % len(body)
+    await stream.send_all(head + body)
+
+
+async def test_an_http_address_is_told_as_one() -> None:
+    """Who connects to where HTTP is served is told so, and where the control channel is, without a page of HTML."""
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, page, 0, host="127.0.0.1"))
+        port = listeners[0].socket.getsockname()[1]
+        with pytest.raises(ControlClosedError, match=r"HTTP address.*ws://HOST:7433") as caught:
+            async with connect(f"ws://127.0.0.1:{port}"):
+                pass
+        assert "<" not in str(caught.value)
         nursery.cancel_scope.cancel()

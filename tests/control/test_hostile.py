@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import attrs
+import httpx
 import msgspec
 import pytest
 import trio
@@ -313,6 +314,18 @@ async def test_a_handshake_that_ends_is_not_waited_for() -> None:
                 await peer.stream.send_eof()
                 await peer.closed_after_anything()
         assert scene.server.statistics().handshakes == 0
+
+
+async def test_who_asks_for_http_is_told_where_it_is() -> None:
+    """A request that is for no WebSocket is answered with words, whatever its method and however its body comes."""
+    async with open_scene() as scene:
+        scene.server.http = "http://127.0.0.1:7434"
+        url = f"http://127.0.0.1:{scene.port}/v1/chat/completions"
+        async with httpx.AsyncClient(trust_env=False) as client:
+            for answer in (await client.get(url), await client.post(url, content=b"x" * 300_000)):
+                assert (answer.status_code, answer.headers["upgrade"]) == (426, "websocket")
+                assert "control channel" in answer.text
+                assert "http://127.0.0.1:7434" in answer.text
 
 
 async def flood(out: Output) -> None:
