@@ -19,19 +19,23 @@ puts the answer together from events forgets what came before it. It is told as 
 `EventSource` does not show the body of an error.
 
 **A slow reader** holds one batch of events and its position. The socket holds it back; a piece that it does not take for
-`send_s` ends its connection, and it can come again. What may be larger than a batch, a snapshot or a list, is made only in turn,
-and the turn is kept until it has been sent, so that no more than `large_answers` of them are held for whoever does not take them.
+`send_s` ends its connection, and it can come again. What may be larger than a batch, a snapshot or a long list, is made in turn, by
+`large_answers` at a time, which does not depend on how anybody reads. What then waits for its client counts in `answers_bytes`;
+what does not fit any more is refused, 503 or as a `failed` event, so that who takes nothing costs others no time. What is small
+takes no turn and is not counted.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from typing import Any
 
 import msgspec
 import trio
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -56,13 +60,16 @@ from supervisor.errors import GapError, SupervisorError
 from supervisor.stores import Event
 from supervisor.streams import After, Cursor, Stream, Subscription
 from supervisor.web.app import Front, Part, answer, route, which
+from supervisor.web.server import WebLimits
 
 __all__ = ["EventStream", "part"]
 
 _ACTOR = "http"
 _BATCH_EVENTS = 256
 _BATCH_BYTES = 64 << 10
-_RETRY_MS = 1000
+_SMALL_BYTES = 64 << 10
+_SMALL_LIST = 100
+_RETRY_S = 1
 _KEEP_ALIVE = b": keep-alive\n\n"
 _POSITION = re.compile(r"([1-9][0-9]{0,8})-(0|[1-9][0-9]{0,17})(?:-([!-~]{1,256}))?", re.ASCII)
 _EVENT_STREAM = "text/event-stream; charset=utf-8"
@@ -77,7 +84,7 @@ _encode = msgspec.json.Encoder().encode
 def part(front: Front) -> Part:
     """Return `/streams` and what is below it, `/health` and `/stats`."""
     supervisor = front.supervisor
-    turns = trio.CapacityLimiter(front.limits.large_answers)
+    room = _Room(front.limits)
 
     async def start(request: Request) -> Response:
         params = read_params(msgspec.Raw(await request.body()), StartParams)
@@ -87,21 +94,27 @@ def part(front: Front) -> Part:
 
     async def listing(request: Request) -> Response:
         params = _list_params(request)
-        return _Large(turns, lambda: answers.list_streams(supervisor, params))
+        small = params.limit <= _SMALL_LIST
+        return _Large(room, lambda: answers.list_streams(supervisor, params), small=small)
 
     async def get(request: Request) -> Response:
         return answer(await answers.get(supervisor, which(request)))
 
     async def snapshot(request: Request) -> Response:
         params = which(request)
-        return _Large(turns, lambda: answers.snapshot(supervisor, params))
+        stream = await supervisor.find(params.id, key=params.key)
+
+        async def make() -> object:
+            return answers.snapshot_message(stream, await stream.read_snapshot())
+
+        return _Large(room, make, small=_is_small(stream))
 
     async def events(request: Request) -> Response:
         params, named = _subscribe_params(request)
         stream = await supervisor.find(params.id, key=params.key)
         if request.method == "HEAD":  # no reader
             return Response(headers={"content-type": _EVENT_STREAM})
-        return EventStream(stream, params, named, turns, keep_alive_s=front.limits.keep_alive_s)
+        return EventStream(stream, params, named, room, keep_alive_s=front.limits.keep_alive_s)
 
     async def cancel(request: Request) -> Response:
         given = _object(await request.body())
@@ -218,43 +231,66 @@ def _number(value: str) -> int | str:
 # --- what is answered: events ----------------------------------------------------------------------------------------
 
 
-class _Turn:
-    """The right to hold something large, from `take` until it is given back, at the latest at the end of the block."""
+class _Room:
+    """What large answers may take: turns to be made in, and bytes to be held in until their clients have taken them."""
 
-    def __init__(self, turns: trio.CapacityLimiter) -> None:
-        self._turns = turns
-        self._taken = False
+    def __init__(self, limits: WebLimits) -> None:
+        self._turns = trio.CapacityLimiter(limits.large_answers)
+        self._most = limits.answers_bytes
+        self._held = 0
 
-    def __enter__(self) -> Self:
-        return self
+    @asynccontextmanager
+    async def turn(self, *, small: bool) -> AsyncIterator[None]:
+        """Make an answer in this block. Raises HTTPException 503, if it is not small and there is no room for any."""
+        if small:
+            yield
+            return
+        self._check(1)
+        async with self._turns:
+            self._check(1)
+            yield
 
-    async def take(self) -> None:
-        """Wait for it. Does nothing if it is taken."""
-        if not self._taken:
-            await self._turns.acquire_on_behalf_of(self)
-            self._taken = True
+    @contextmanager
+    def holding(self, size: int) -> Iterator[None]:
+        """Hold so many bytes for a client. One answer that is larger than all the room may be there by itself.
 
-    def give_back(self) -> None:
-        """Let another have it. Does nothing if it is not taken."""
-        if self._taken:
-            self._turns.release_on_behalf_of(self)
-            self._taken = False
+        Raises HTTPException 503.
+        """
+        if size <= _SMALL_BYTES:
+            yield
+            return
+        self._check(size)
+        self._held += size
+        try:
+            yield
+        finally:
+            self._held -= size
 
-    def __exit__(self, *_: object) -> None:
-        self.give_back()
+    def _check(self, size: int) -> None:
+        if self._held and self._held + size > self._most:
+            message = "large answers that their clients have yet to take fill all the room there is"
+            raise HTTPException(503, message, {"retry-after": str(_RETRY_S)})
+
+
+def _is_small(stream: Stream) -> bool:
+    """Whether a snapshot is small, going by the journal that it is made of."""
+    nbytes = stream.info().journal_bytes
+    return nbytes is not None and nbytes <= _SMALL_BYTES
 
 
 class _Large(Response):
-    """An answer that may be large: made when its turn has come, which is kept until it has been sent."""
+    """An answer that may be large: made when its turn has come, and counted until it has been sent."""
 
-    def __init__(self, turns: trio.CapacityLimiter, make: Callable[[], Awaitable[object]]) -> None:
-        self._turns = turns
+    def __init__(self, room: _Room, make: Callable[[], Awaitable[object]], *, small: bool) -> None:
+        self._room = room
         self._make = make
+        self._small = small
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with _Turn(self._turns) as turn:
-            await turn.take()
-            await answer(await self._make())(scope, receive, send)
+        async with self._room.turn(small=self._small):
+            made = answer(await self._make())
+        with self._room.holding(len(made.body)):
+            await made(scope, receive, send)
 
 
 class EventStream(Response):
@@ -265,7 +301,7 @@ class EventStream(Response):
         stream: Stream,
         params: SubscribeParams,
         named: str | None,
-        turns: trio.CapacityLimiter,
+        room: _Room,
         *,
         keep_alive_s: float,
     ) -> None:
@@ -274,27 +310,27 @@ class EventStream(Response):
         self._named = named
         self._of = b"" if params.key is None else b"-" + stream.id.encode()
         """What the ids of events end with: under a key, which stream it is."""
-        self._turns = turns
+        self._room = room
         self._keep_alive_s = keep_alive_s
         self._events: Subscription
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it. Returns early if the client leaves. Raises SupervisorError, before anything is sent."""
-        with _Turn(self._turns) as turn:
-            if self._params.after == "snapshot":
-                await turn.take()
+        async with self._room.turn(small=self._params.after != "snapshot" or _is_small(self._stream)):
             first = await self._open()
-            if self._events.at_end:
-                await Response(status_code=204)(scope, receive, send)
-                return
-            complete = False
+        if self._events.at_end:
+            await Response(status_code=204)(scope, receive, send)
+            return
+        complete = False
+        with ExitStack() as held:
+            held.enter_context(self._room.holding(len(first)))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_until_gone, receive, nursery.cancel_scope)
                 await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
                 await send(_body(first))
                 del first
-                turn.give_back()
-                while await self._read(send, turn):
+                held.close()
+                while await self._read(send):
                     pass
                 complete = True
                 nursery.cancel_scope.cancel(reason="the answer is complete")
@@ -304,7 +340,7 @@ class EventStream(Response):
     async def _open(self) -> bytes:
         """Find the place to read from; return what is sent at once."""
         stream, place = self._stream, answers.place_of(self._params)
-        first = b"retry: %d\n" % _RETRY_MS
+        first = b"retry: %d\n" % (_RETRY_S * 1000)
         if isinstance(place, Cursor) and self._is_of_another():
             self._events = self._subscribed("start")
             return b"%b\n%b" % (first, self._another(place))
@@ -335,22 +371,27 @@ class EventStream(Response):
     def _subscribed(self, place: After) -> Subscription:
         return self._stream.subscribe(place, max_behind=self._params.max_behind)
 
-    async def _read(self, send: Send, turn: _Turn) -> bool:
+    async def _read(self, send: Send) -> bool:
         """Send what there is up to the outcome; True if a gap was met, and there is more behind it."""
         with self._events as events:
             while True:
                 at, batch = events.cursor, None
-                if events.far_behind:  # what comes is a snapshot
-                    await turn.take()
+                small = not events.far_behind or _is_small(
+                    self._stream
+                )  # far behind, what comes is a snapshot
                 try:
                     with trio.move_on_after(self._keep_alive_s):
-                        batch = await events.next_batch(_BATCH_EVENTS)
+                        async with self._room.turn(small=small):
+                            batch = await events.next_batch(_BATCH_EVENTS)
                 except SupervisorError as error:
                     if isinstance(error, GapError) and (place := _after_gap(error)) != at:
                         await send(_body(self._gap(error)))
                         self._events = self._subscribed(place)
                         return True
                     await send(_body(b"event: failed\ndata: %b\n\n" % _encode(_told(error))))
+                    return False
+                except HTTPException as error:
+                    await send(_body(_full(error)))
                     return False
                 if batch is None:
                     await send(_body(_KEEP_ALIVE))
@@ -360,10 +401,18 @@ class EventStream(Response):
                 while batch:
                     taken = cut(batch, _BATCH_EVENTS, _BATCH_BYTES)
                     batch = batch[len(taken) :]
-                    if data := self._encoded(taken, at.seq):
+                    data = self._encoded(taken, at.seq)
+                    if taken[0].kind == "snapshot":
+                        try:
+                            with self._room.holding(len(data)):
+                                del taken
+                                await send(_body(data))
+                        except HTTPException as error:
+                            await send(_body(_full(error)))
+                            return False
+                    elif data:
                         await send(_body(data))
                 del data
-                turn.give_back()
 
     def _encoded(self, events: Sequence[Event], after: int) -> bytes:
         """Return events of one epoch as they are sent. A `snapshot`, made in place of events that were missed, comes alone."""
@@ -412,6 +461,12 @@ def _body(data: bytes) -> dict[str, Any]:
 
 def _after_gap(error: GapError) -> Cursor:
     return Cursor(error.epoch, error.earliest_seq - 1)
+
+
+def _full(error: HTTPException) -> bytes:
+    """Return what is told to who cannot be sent a snapshot now: to come again."""
+    told = {"kind": "overloaded", "message": error.detail, "temporary": True, "retry_after_s": _RETRY_S}
+    return b"event: failed\ndata: %b\n\n" % _encode(told)
 
 
 def _told(error: Exception) -> Mapping[str, Any]:

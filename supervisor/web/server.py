@@ -77,7 +77,9 @@ class WebLimits:
     bodies_bytes: int = 256 << 20
     """The bodies of all requests that are being answered; one more: 503."""
     large_answers: int = 16
-    """Answers that may be large (snapshots, lists) that are made and sent at the same time; more of them wait."""
+    """Answers that may be large (snapshots, long lists) that are made at the same time; more of them wait."""
+    answers_bytes: int = 256 << 20
+    """Large answers that wait for their clients to take them, together; one more: 503."""
     head_s: float = 10.0
     """From the first byte of a request to the end of its head; longer: 408."""
     idle_s: float = 75.0

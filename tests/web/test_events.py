@@ -321,38 +321,43 @@ async def test_a_reader_that_reads_nothing_holds_nothing_up() -> None:
 
 
 @pytest.mark.parametrize("what", ["/snapshot", "/events?after=snapshot", "/events?max_behind=1"])
-async def test_what_may_be_large_is_held_for_few_at_a_time(what: str) -> None:
-    """Who does not take a large answer keeps others from having theirs made, not from anything else, and only while it is there."""
-    async with scene(large_answers=1) as front:
+@pytest.mark.parametrize("room", [True, False])
+async def test_who_does_not_take_a_large_answer_holds_up_nobody(what: str, room: bool) -> None:
+    """Beside a large answer that is not taken others get theirs: what is small always, what is large if there is room, or a 503."""
+    async with scene(large_answers=1, answers_bytes=64 << 20 if room else 16 << 20) as front:
 
         async def large(out: Output) -> None:
-            for _ in range(40):
+            for _ in range(25):
                 await out.send("x" * 400_000)
             await trio.sleep_forever()
 
         front.sources["large"] = large
-        stream_id = await front.start("large")
-        while front.supervisor.get(stream_id).tail_seq < 40:
+        stream_id, small = await front.start("large"), await front.ended()
+        while front.supervisor.get(stream_id).tail_seq < 25:
             await trio.testing.wait_all_tasks_blocked()
         asked = f"GET /streams/{stream_id}{what} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode()
         begun = b"event: snapshot" if "events" in what else b'{"id":'
         async with front.client(receive_buffer=4096) as stalled, front.client() as other:
             await stalled.send(asked)
             await until(stalled, begun)
-            await other.send(asked)
-            await trio.testing.wait_all_tasks_blocked(0.02)
-            waited = False
-            with trio.move_on_after(0.05):
+            for path in ("/streams", f"/streams/{small}/snapshot", f"/streams/{small}/events?after=snapshot"):
+                assert (await front.ask("GET", path)).status == 200
+            if room:
+                await other.send(asked)
                 await until(other, begun)
-                waited = True
-            assert not waited
-            assert (await front.ask("GET", f"/streams/{stream_id}")).status == 200
+                return
+            for _ in range(2):
+                answer = await front.ask("GET", f"/streams/{stream_id}{what}")
+                if "max_behind" in what:
+                    told = json.loads(interpret(answer.body).events[-1].data)
+                else:
+                    assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+                    told = answer.json["error"]
+                assert (told["kind"], told["temporary"], told["retry_after_s"]) == ("overloaded", True, 1)
             await trio.aclose_forcefully(stalled.stream)
-            if "max_behind" in what:  # the first piece has been read above
-                while b"event: snapshot" not in (await other.event()).data:
-                    pass
-            else:
-                await until(other, begun)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            await other.send(asked)
+            await until(other, begun)
 
 
 @pytest.mark.parametrize("query", ["?after=snapshot", "?max_behind=1"])
