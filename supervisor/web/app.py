@@ -58,6 +58,7 @@ _log = logging.getLogger("supervisor.web")
 
 SESSION_S = 12 * 3600
 """How long a browser's cookie is good for, in seconds."""
+_REQUIRED = "a bearer token is required: Authorization: Bearer …"
 _LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _SAME = frozenset({b"same-origin", b"none"})
@@ -349,7 +350,9 @@ class _Locked:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._access.allows(scope):
-            refusal = problem("unauthenticated", "a bearer token is required: Authorization: Bearer …")
+            shown = Request(scope).headers.get("authorization", "").lower().startswith("bearer ")
+            told = "the bearer token is not the right one" if shown else _REQUIRED
+            refusal = problem("unauthenticated", told)
             await refusal(scope, receive, send)
             return
         await self._app(scope, receive, send)

@@ -36,7 +36,9 @@ async def test_health_is_open_and_the_rest_is_not() -> None:
         assert (refused.status, refused.kind) == (401, "unauthenticated")
         assert refused.headers["www-authenticate"] == "Bearer"
         for wrong in ("Bearer wrong", f"Basic {TOKEN}", TOKEN, f"Bearer {TOKEN}x", "Bearer"):
-            assert (await client.ask("GET", "/hello", headers={"authorization": wrong})).status == 401
+            answer = await client.ask("GET", "/hello", headers={"authorization": wrong})
+            told = "is not the right one" if wrong.startswith("Bearer ") else "is required"
+            assert (answer.status, told in answer.json["error"]["message"]) == (401, True)
         shown = await client.ask("GET", "/hello", headers={"authorization": f"Bearer {TOKEN}"})
         assert shown.json == {"hello": "GET"}
 

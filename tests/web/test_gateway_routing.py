@@ -127,6 +127,8 @@ async def test_a_clients_key_says_whose_it_is(tmp_path: Path) -> None:
         for headers in ({}, {"authorization": "Bearer control"}, {"x-api-key": "key-of-three"}):
             answer = await client.post(path, json=body, headers=headers)
             assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
+            told = "not one that this gateway knows" if headers else "a key is required"
+            assert told in answer.json()["error"]["message"]
         assert place.up.request_count == count
 
 

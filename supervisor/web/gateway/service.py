@@ -232,7 +232,7 @@ class Gateway:
             token = self.front.access.token
             if token is not None and any(token.matches(one) for one in offered):
                 return None
-        message = "no key that this gateway knows was given" if offered else "a key is required"
+        message = "the key is not one that this gateway knows" if offered else "a key is required"
         raise BadRequestError(401, "invalid_api_key", message)
 
     async def _body(self, request: Request) -> bytes:
