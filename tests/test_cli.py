@@ -398,7 +398,8 @@ def test_show(shell: Shell) -> None:
         assert part in out
     assert "\x1b" not in out
     (told,) = shell.json("show", "--key", "shown\x1b[2J")
-    assert told["stream"]["id"] == stream_id
+    assert told["id"] == told["stream"]["id"] == stream_id
+    assert shell.json("show", "key:shown\x1b[2J")[0]["id"] == stream_id
     assert told["snapshot"]["text"] == Script().expected_text()
 
 
@@ -458,11 +459,14 @@ def test_list(shell: Shell) -> None:
 
 
 def test_unknown_streams(shell: Shell) -> None:
-    """An id that nobody has is exit 5, whoever asks."""
+    """An id that nobody has is exit 5, whoever asks, and the way to name a key is told; a key is named once."""
     for argv in (["show", "nobody"], ["watch", "nobody"], ["cancel", "nobody"], ["watch", "--key", "nobody"]):
         code, out, err = shell(*argv)
         assert (code, out) == (Exit.UNKNOWN_STREAM, "")
         assert "nobody" in err
+        assert ("--key KEY or key:KEY" in err) == ("--key" not in argv)
+    for wrong in (["show", "key:"], ["show", "key:a", "--key", "b"], ["show", "a", "--key", "b"]):
+        assert shell(*wrong)[0] == Exit.USAGE
 
 
 # --- cancel and the rest ---------------------------------------------------------------------------------------------

@@ -111,6 +111,8 @@ def _report(error: BaseException) -> int:
             )
         elif error.kind == "configuration" and error.data.get("field") == "model":
             message += "; give it with --model"
+        elif error.kind == "unknown_stream" and error.data.get("id") is not None:
+            message += "; for the stream with a key, give --key KEY or key:KEY"
         if error.retry_after_s is not None:
             message += f" (retry after {error.retry_after_s:g} s)"
         code = for_kind(error.kind)

@@ -74,7 +74,8 @@ async def _show(client: ControlClient, options: argparse.Namespace) -> int:
     stream = await client.get(options.id, key=options.key)
     snapshot = await client.snapshot(stream.id)
     if options.json:
-        print_json({"stream": msgspec.to_builtins(stream), "snapshot": msgspec.to_builtins(snapshot)})
+        told = {"stream": msgspec.to_builtins(stream), "snapshot": msgspec.to_builtins(snapshot)}
+        print_json({"id": stream.id, **told})
         return Exit.OK
     attempts = await _attempts(client, stream)
     console().print(

@@ -418,9 +418,26 @@ def _add_tools(commands: Any) -> None:
 
 
 def _selector(parser: _Command) -> None:
-    parser.add_argument("id", nargs="?", metavar="ID")
+    parser.add_argument("id", nargs="?", metavar="ID", action=_IdOrKey, help="its id, or key:KEY")
     parser.add_argument("--key", type=_name, help="the stream with this key, in place of ID")
     parser.either = "id", "key"
+
+
+class _IdOrKey(argparse.Action):
+    """An id; or, as in a URL of the daemon, `key:KEY` for what `--key KEY` is."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        del option_string
+        named, prefix, key = (values or "").partition("key:")
+        if named or not prefix:
+            namespace.id = values
+        elif namespace.key is not None:
+            parser.error("argument --key: not allowed with argument ID")
+        else:
+            try:
+                namespace.key = _name(key)
+            except argparse.ArgumentTypeError as error:
+                raise argparse.ArgumentError(self, str(error)) from None
 
 
 def _final_option(parser: argparse.ArgumentParser) -> None:
