@@ -198,9 +198,8 @@ class Attempt:
             exchange.abort()  # of no effect after the aclose of an exchange that ended well
 
     async def _read(self, exchange: Exchange) -> Failure | None:
-        encoding = exchange.headers.get("content-encoding", "identity").strip().lower()
-        if encoding not in ("", "identity"):
-            message = f"the response is encoded as {encoding[:40]!r}, though only identity was asked for"
+        message = _encoded(exchange.headers)
+        if message is not None:
             return Failure("protocol", Fault(kind="protocol", message=message), again=False)
         out = self.out
         self._headers = exchange.status, exchange.headers
@@ -292,7 +291,7 @@ class Attempt:
                 pass  # the status stands, with as much of the message as has come
         if exchange.at_end:
             await exchange.aclose()
-        if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        if _encoded(headers) is not None:
             body.clear()
         told = bytes(body[:ERROR_BODY_BYTES])
         if self.on_answered is not None:
@@ -401,19 +400,34 @@ def make_request(upstream: Upstream, call: Call | bytes, secret: str) -> httpx.R
 
 
 async def ask(transport: Transport, upstream: Upstream, call: Call, *, max_bytes: int) -> Answered:
-    """Make a request that is no stream; return the answer, with at most so much of its body. Raises UpstreamError."""
+    """Make a request that is no stream; return the answer with all of its body.
+
+    Raises UpstreamError, also for a body that does not end as it should, is larger than `max_bytes`, or is encoded.
+    """
     secret = upstream.secret()
     exchange = await transport.open(make_request(upstream, call, secret))
     try:
+        if (message := _encoded(exchange.headers)) is not None:
+            raise RemoteProtocolError(message)
         body = bytearray()
-        while len(body) < max_bytes and (data := await exchange.receive()):
+        while data := await exchange.receive():
             body += data
+            if len(body) > max_bytes:
+                raise RemoteProtocolError(f"the answer is larger than {max_bytes} bytes")
         if exchange.at_end:
             await exchange.aclose()
         veil = veil_for(secret, max_bytes)
-        return _answered(upstream, exchange.status, exchange.headers, veil, body=bytes(body[:max_bytes]))
+        return _answered(upstream, exchange.status, exchange.headers, veil, body=bytes(body))
     finally:
         exchange.abort()  # of no effect after the aclose of an exchange that ended well
+
+
+def _encoded(headers: Mapping[str, str]) -> str | None:
+    """Return what is wrong with a body that is encoded, though that was not asked for; None of one that is as it is."""
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding in ("", "identity"):
+        return None
+    return f"the response is encoded as {encoding[:40]!r}, though only identity was asked for"
 
 
 def _answered(

@@ -10,6 +10,7 @@ import httpx
 import pytest
 import trio
 
+from supervisor.web.gateway import service
 from tests.upstream.scripted import Peer, serve
 from tests.web.gateways import STREAMED, WHOLE, Place, error_of, gateway_at, upstreams_at
 
@@ -71,6 +72,26 @@ async def test_a_whole_answer_that_failed_has_a_status(what: str) -> None:
         assert answer.status_code in (502, 503)
         assert (answer.content == body) == kept
         assert answer.json()["error"]
+
+
+KEPT_ODDLY = {
+    "half of it": ("content-length: 99\r\n", b'{"id":'),
+    "half of it, until the end": ("", b'{"id":"resp_1","status":'),
+    "nothing": ("content-length: 0\r\n", b""),
+    "encoded": ("content-encoding: gzip\r\n", b'{"id":"resp_1"}'),
+    "a page": ("", b"<html>"),
+    "too much": ("", b'{"id":"resp_1"}' + b" " * 90),
+}
+
+
+@pytest.mark.parametrize("what", KEPT_ODDLY)
+async def test_what_is_kept_comes_whole_or_not_at_all(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an upstream tells of a response is not passed on by halves, nor as something else than it is."""
+    monkeypatch.setattr(service, "RESPONSE_BYTES", 99)
+    head, body = KEPT_ODDLY[what]
+    async with saying(f"content-type: application/json\r\n{head}", body) as (_, client):
+        answer = await client.get(ABOUT)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (502, "server_error")
 
 
 # --- streams ---------------------------------------------------------------------------------------------------------

@@ -209,6 +209,9 @@ class Gateway:
                 answered = await ask(self.transport, upstream, asked.call(upstream), max_bytes=RESPONSE_BYTES)
             except SupervisorError as error:
                 answered = failure_here(error)
+        if isinstance(answered, Answered) and 200 <= answered.status < 300 and not _whole(answered):
+            message = "the upstream's answer is not JSON, or not all of it"
+            answered = Failure(status=502, code="protocol", message=message)
         if isinstance(answered, Failure):
             await send_failure(send, asked.endpoint.api, answered)
         else:
@@ -512,6 +515,15 @@ def _response_id(asked: Asked, name: str, payload: bytes) -> str | None:
     except UnparseableError:
         return None
     return next((delta.response_id for delta in meant if delta.response_id is not None), None)
+
+
+def _whole(answered: Answered) -> bool:
+    """Whether an answer is one JSON value, or is meant to have no body."""
+    try:
+        msgspec.json.decode(answered.body, type=msgspec.Raw)
+    except (msgspec.DecodeError, RecursionError):
+        return answered.status == 204 and not answered.body
+    return True
 
 
 async def _unless_left(receive: Receive, send: Send, tell: Callable[[Send], Awaitable[None]]) -> None:
