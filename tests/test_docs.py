@@ -227,7 +227,8 @@ def test_the_configuration_example(tmp_path, capsys):
         "ok",
     )
     config = parse(example)
-    openai, azure, local = config.upstreams
+    openai, azure, anthropic, local = config.upstreams
+    assert anthropic.url == "https://api.anthropic.com/v1/messages"
     assert openai.deadlines == supervisor.Deadlines(first_event_s=300, idle_s=90, total_s=None)
     assert (openai.retry.attempts, openai.retry.retry_after_max_s) == (3, 10)
     assert azure.credential.header == "api-key"
@@ -235,7 +236,7 @@ def test_the_configuration_example(tmp_path, capsys):
     assert config.retention.max_ended is None
     assert [group.max_count for group in config.memory.groups] == [100, 3]
     used = {key for table in tomllib.loads(example)["upstreams"].values() for key in table}
-    assert used | {"dialect"} == set(supervisor.config._UPSTREAM_KEYS)
+    assert used == set(supervisor.config._UPSTREAM_KEYS)
 
 
 def test_the_configuration_tables():
