@@ -138,3 +138,21 @@ async def test_a_failure_is_told_in_words_that_sdks_know(what: str) -> None:
         assert answer.content.startswith(body)
         assert (answer.content == body) == known
         assert known or error_of(answer.content)["error"]
+
+
+# --- pages -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["streamed", "whole", "what is kept", "refused", "models"])
+async def test_nothing_is_a_page_of_ours(what: str) -> None:
+    """Whatever type an upstream gives its answer, no browser runs it on our origin: not as a page, nor by a guess."""
+    body = SAID_FAILED["chat"][0] if what == "streamed" else b'{"id":"x"}'
+    async with saying("content-type: text/html\r\n", body) as (_, client):
+        if what in ("streamed", "whole"):
+            path, asking = STREAMED["chat"] if what == "streamed" else WHOLE["chat"]
+            answer = await client.post(path, json=asking)
+        else:
+            places = {"what is kept": ABOUT, "refused": "/v1/responses/%20", "models": "/v1/models"}
+            answer = await client.get(places[what])
+        assert answer.headers.get_list("content-security-policy") == ["default-src 'none'; sandbox"]
+        assert answer.headers.get_list("x-content-type-options") == ["nosniff"]

@@ -58,6 +58,12 @@ _PASSED_PREFIXES: Final = ("anthropic-", "openai-", "ratelimit-", "x-ratelimit-"
 _NOT_PASSED: Final = frozenset({"anthropic-organization-id", "openai-organization", "openai-project"})
 """They say whose key it is."""
 
+_AS_DATA: Final = (
+    (b"content-security-policy", b"default-src 'none'; sandbox"),
+    (b"x-content-type-options", b"nosniff"),
+)
+"""With every answer: its type is the upstream's, and were it a page, it would be one of our origin."""
+
 _STATUSES: Final[Mapping[str, int]] = {
     "connect": 502,
     "http_status": 502,
@@ -173,7 +179,7 @@ async def send_answered(send: Send, answered: Answered, headers: Sequence[tuple[
 
 
 async def _send_whole(send: Send, status: int, body: bytes, headers: Sequence[tuple[bytes, bytes]]) -> None:
-    sized = [*headers, (b"content-length", b"%d" % len(body))]
+    sized = [*headers, *_AS_DATA, (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": sized})
     await send({"type": "http.response.body", "body": body})
 
@@ -288,7 +294,7 @@ class Relay:
             {
                 "type": "http.response.start",
                 "status": 200,
-                "headers": [*self._headers(), (b"x-accel-buffering", b"no")],
+                "headers": [*self._headers(), *_AS_DATA, (b"x-accel-buffering", b"no")],
             }
         )
 
