@@ -18,8 +18,10 @@ ABOUT = "/v1/responses/resp_1"
 
 
 @asynccontextmanager
-async def saying(head: str, body: bytes = b"") -> AsyncIterator[tuple[Place, httpx.AsyncClient]]:
-    """Serve before an upstream that says this to whatever it is asked, and closes."""
+async def saying(
+    head: str, body: bytes = b"", *, base: str | None = None
+) -> AsyncIterator[tuple[Place, httpx.AsyncClient]]:
+    """Serve before an upstream that says this to whatever it is asked, and closes; or before another one."""
 
     async def answer(peer: Peer) -> None:
         await peer.request()
@@ -27,7 +29,7 @@ async def saying(head: str, body: bytes = b"") -> AsyncIterator[tuple[Place, htt
 
     async with trio.open_nursery() as nursery:
         server = await serve(nursery, answer)
-        url = f"http://127.0.0.1:{server.port}"
+        url = f"http://127.0.0.1:{server.port}" if base is None else base
         async with gateway_at(upstreams=lambda _: upstreams_at(url)) as place, place.client() as client:
             yield place, client
         nursery.cancel_scope.cancel()
@@ -92,6 +94,16 @@ async def test_what_is_kept_comes_whole_or_not_at_all(what: str, monkeypatch: py
     async with saying(f"content-type: application/json\r\n{head}", body) as (_, client):
         answer = await client.get(ABOUT)
         assert (answer.status_code, answer.json()["error"]["type"]) == (502, "server_error")
+
+
+@pytest.mark.parametrize(("base", "code"), [("http://127.0.0.1:1", "connect"), (None, "truncated")])
+async def test_who_asks_for_what_is_kept_learns_no_address(base: str | None, code: str) -> None:
+    """What goes wrong on the way to the upstream is told without its address, which the log has."""
+    half = b'{"id":'
+    async with saying("content-length: 9\r\n", half, base=base) as (_, client):
+        answer = await client.get(ABOUT)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, code)
+        assert b"127.0.0.1" not in answer.content
 
 
 # --- streams ---------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ async def test_headers_that_matter_are_passed_and_keys_are_not(monkeypatch: pyte
     }
     async with gateway_at(upstreams=keyed) as place, place.client() as client:
         for path, _ in (STREAMED["chat"], STREAMED["messages"], STREAMED["google events"]):
-            more = f"{path}{'&' if '?' in path else '?'}key=client-key&beta=true"
+            more = f"{path}{'&' if '?' in path else '?'}key=client-key&%6bey=client-key&beta=true"
             answer = await client.post(more, json={"model": "m", "stream": True}, headers=theirs)
             assert answer.status_code == 200
             request = place.up.requests[-1]

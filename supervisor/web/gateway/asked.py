@@ -13,7 +13,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
-from urllib.parse import quote
+from urllib.parse import quote, unquote_to_bytes
 
 import attrs
 import msgspec
@@ -264,8 +264,13 @@ def _as_whole(dialect: Dialect, *, streamed: bool) -> Dialect:
 def _query(scope: Mapping[str, Any]) -> str:
     """Return the query with its question mark, without the key that Google's API may have in it."""
     query: bytes = scope.get("query_string", b"")
-    kept = b"&".join(part for part in query.split(b"&") if part and not part.startswith(b"key="))
+    kept = b"&".join(part for part in query.split(b"&") if part and _name(part) != b"key")
     return f"?{kept.decode('latin-1')}" if kept else ""
+
+
+def _name(part: bytes) -> bytes:
+    """Return the name of a query's parameter, which need not be written as it is read."""
+    return unquote_to_bytes(part.partition(b"=")[0].replace(b"+", b" "))
 
 
 def _passed(

@@ -27,11 +27,13 @@ from starlette.types import Send
 from supervisor.dialects import Dialect
 from supervisor.errors import (
     AdmissionError,
+    ConnectError,
     GapError,
     StoreError,
     StoreUnavailableError,
     SupervisorClosedError,
     SupervisorError,
+    UpstreamClosedError,
     UpstreamError,
 )
 from supervisor.stores.base import Event
@@ -85,7 +87,7 @@ _TOLD: Final[Mapping[str, str]] = {
     "interrupted": "the gateway was interrupted; what it had received is kept",
     "source_error": "the gateway failed",
 }
-"""In place of messages that are the operator's to read: they name addresses. The stream's id leads to them."""
+"""In place of messages that are the operator's to read: they name addresses. The stream's id leads to them, or else the log."""
 _FAULT_STATUSES: Final[Mapping[str, int]] = {
     "rate_limit": 429,
     "overloaded": 503,
@@ -147,7 +149,10 @@ def failure_here(error: SupervisorError) -> Failure:
         code = "store" if isinstance(error, StoreError) else "closed"
         return Failure(status=503, code=code, message=str(error), retry_after_s=1.0)
     if isinstance(error, UpstreamError):
-        return Failure(status=502, code="connect", message=str(error))
+        _log.warning("an upstream could not be asked: %s", error)
+        closed = "truncated" if isinstance(error, UpstreamClosedError) else "protocol"
+        code = "connect" if isinstance(error, ConnectError) else closed
+        return Failure(status=502, code=code, message=_TOLD[code])
     if isinstance(error, GapError):
         return Failure(status=410, code="gap", message=str(error), again=False)
     _log.error("a request could not be served: %s", error)  # what is wrong here is not the client's to know
