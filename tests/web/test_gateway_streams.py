@@ -12,13 +12,14 @@ import trio
 import trio.testing
 
 from supervisor.errors import SupervisorError
-from supervisor.streams import Limits
+from supervisor.streams import Deadlines, Limits
 from supervisor.upstream import Upstream
 from supervisor.web.gateway import GatewayClient, GatewayConfig, GatewayRoute
 from tests.web.gateways import (
     STREAMED,
     WHOLE,
     asking_at,
+    error_of,
     gateway_at,
     upstreams_at,
     with_model,
@@ -101,6 +102,44 @@ async def test_who_joins_sees_the_upstreams_own_refusal() -> None:
         assert answers[0].json()["error"]["message"] == "slow"
 
 
+@pytest.mark.parametrize("reason", ["detached", "first_event", "requested"])
+async def test_what_ended_before_its_first_event_is_asked_anew(
+    reason: str, mock_clock: trio.testing.MockClock
+) -> None:
+    """A key is not taken by an answer that its client did not wait for, or that did not come; by one that was cancelled it is."""
+    path, body = with_model(*STREAMED["chat"], "sim/silent?times=1")
+    headers = {"x-stream-key": "k"}
+    async with gateway_at(deadlines=Deadlines(first_event_s=9)) as place, place.client() as client:
+        async with asking_at(place, path, body, headers) as connection:
+            await place.up.wait_requests(1)
+            stream = place.sup.get_by_key("k")
+            if reason == "requested":
+                await stream.cancel(mode="abort")
+            if reason == "first_event":
+                mock_clock.jump(9.1)
+            if reason != "detached":
+                await connection.receive_some()
+        assert (await stream.wait()).reason == reason
+        again = await client.post(path, content=json.dumps(body), headers=headers)
+        assert (again.status_code, place.up.request_count) == (
+            (499, 1) if reason == "requested" else (200, 2)
+        )
+
+
+async def test_what_was_left_after_its_first_event_is_joined(mock_clock: trio.testing.MockClock) -> None:
+    """There is an answer under the key, though it was cancelled: it is told, and how it ended."""
+    del mock_clock  # no keep-alive
+    path, body = with_model(*STREAMED["chat"], "sim/stall?after=1&times=1")
+    headers = {"x-stream-key": "k"}
+    async with gateway_at() as place, place.client() as client:
+        async with asking_at(place, path, body, headers) as connection:
+            assert b"200" in await connection.receive_some()
+        await place.sup.get_by_key("k").wait()
+        again = await client.post(path, content=json.dumps(body), headers=headers)
+        assert (again.status_code, place.up.request_count) == (200, 1)
+        assert error_of(again.content)["error"]["code"] == "detached"
+
+
 async def test_a_key_is_its_tenants() -> None:
     """The stream of another tenant is not read by its key."""
     config = GatewayConfig(clients=tuple(GatewayClient(tenant=name, key_env=name) for name in ("a", "b")))
@@ -161,6 +200,34 @@ async def test_what_becomes_of_an_answer_whose_client_has_left(policy: str) -> N
             await trio.testing.wait_all_tasks_blocked(0.02)  # whatever would end it has had its turn
             assert stream.state == "streaming"
             assert len(place.up.open_connections) == 1
+
+
+GRACES = {
+    "the gateway's": (GatewayConfig(grace_s=7), 7),
+    "the route's": (
+        GatewayConfig(grace_s=7, routes=(GatewayRoute(upstream="openai-chat", grace_s=3),)),
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize("whose", GRACES)
+async def test_the_grace_is_as_long_as_configured(whose: str, mock_clock: trio.testing.MockClock) -> None:
+    """An answer whose client has left is there until `grace_s` have passed, and not after that."""
+    config, grace_s = GRACES[whose]
+    path, body = with_model(*STREAMED["chat"], "sim/stall?after=1")
+    async with gateway_at(config=config) as place:
+        async with asking_at(place, path, body) as connection:
+            assert b"200" in await connection.receive_some()
+            stream = place.sup.get(place.newest().id)
+        while stream.info().readers:  # noqa: ASYNC110  # nothing tells that a reader has left
+            await trio.lowlevel.checkpoint()
+        mock_clock.jump(grace_s - 0.01)
+        await trio.testing.wait_all_tasks_blocked(0.005)
+        assert stream.state == "streaming"
+        mock_clock.jump(0.02)
+        await trio.testing.wait_all_tasks_blocked(0.005)
+        assert (str(stream.state), stream.info().reason) == ("cancelled", "detached")
 
 
 # --- what OpenAI keeps -----------------------------------------------------------------------------------------------

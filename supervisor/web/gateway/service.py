@@ -374,12 +374,13 @@ class Gateway:
         return started
 
     def _came_to_nothing(self, key: str, tenant: str | None) -> bool:
-        """Whether the stream of a key failed before its first event: then the same request again is no second one."""
+        """Whether the stream of a key ended without an event, and nobody meant it to: then the same request again is no second one."""
         try:
             info = self.front.supervisor.get_by_key(key).info()
         except UnknownStreamError:
             return False
-        return info.state is State.FAILED and not info.events and info.tenant == tenant
+        unmeant = info.state in (State.FAILED, State.EXPIRED) or info.reason == "detached"
+        return unmeant and not info.events and info.tenant == tenant
 
     def _on_detach(self, request: Request, asked: Asked, route: GatewayRoute | None) -> OnDetach:
         mode, grace_s = self.config.on_disconnect, self.config.grace_s
