@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import trio
@@ -23,7 +23,10 @@ from supervisor.streams.lifecycle import State, Verdict
 if TYPE_CHECKING:
     from supervisor.streams.stream import Stream
 
-__all__ = ["Output"]
+__all__ = ["SMALL_SHARE_BYTES", "Output"]
+
+SMALL_SHARE_BYTES: Final = 16 << 10
+"""What a stream may have waiting to be written while the store is behind, and go on all the same."""
 
 _MAX_SKIPPED_BYTES = 64 << 10  # of an unparseable payload, what the journal keeps
 
@@ -93,7 +96,7 @@ class Output:
         cancel adds nothing. Raises ConfigurationError for an item it cannot encode, or one over `Limits.max_event_bytes`.
         """
         await trio.lowlevel.checkpoint()
-        if self._store.congested:
+        if self.congested:
             await self.flow()
         self.send_nowait(item)
 
@@ -323,7 +326,7 @@ class Output:
     def flush(self) -> bool:
         """Publish what was appended: once per read, not per event. Return whether to read on.
 
-        False once the stream is sealed, or while the store is behind: then `await flow()` before reading on.
+        False once the stream is sealed, or while it is held back: then `await flow()` before reading on.
         """
         try:
             if self._journal.publish():
@@ -331,12 +334,19 @@ class Output:
         except StoreError as error:  # what cannot be recorded is not gone on with
             self._stream._refused(str(error))  # noqa: SLF001
             raise
-        return not (self._lifecycle.sealed or self._store.congested)
+        return not (self._lifecycle.sealed or (self._store.congested and self.congested))
 
     @property
     def congested(self) -> bool:
-        """Whether the store is behind: a source should `await flow()` before it reads on."""
-        return self._store.congested
+        """Whether the store is behind, with this stream among those whose events wait: a source should `await flow()` before it reads on.
+
+        A stream of which no more than `SMALL_SHARE_BYTES` wait is not held back for what others have the store write, as long
+        as it does write.
+        """
+        store = self._store
+        return store.congested and (
+            self._journal.pending_bytes > SMALL_SHARE_BYTES or store.failing is not None
+        )
 
     async def flow(self) -> None:
         """Wait until the store has caught up; of the clocks only the total runs meanwhile. A cancel leaves nothing behind.

@@ -19,7 +19,7 @@ is rescheduled once, with the result or the error. What may happen to a socket t
 
 Nothing is called for a socket that has left, because the only way to a `take` is the table it has left.
 
-**Fairness.** One read per socket and turn, and no more than `TURN_BYTES` in all before other tasks get theirs; sockets that were
+**Fairness.** One read per socket and turn, a small one where others wait as well, and no more than `TURN_BYTES` in all before other tasks get theirs; sockets that were
 ready and not reached come first in the next turn. epoll is level-triggered: what is not read is found again.
 
 **Moderation.** With hundreds of streams whose events come evenly, each would wake the loop for itself, and a turn of the loop
@@ -56,6 +56,10 @@ __all__ = [
 
 TURN_BYTES: Final = 256 << 10
 """How much one turn of the reader reads before other tasks run."""
+FEW: Final = 2
+SHARED_READ_BYTES: Final = 16 << 10
+"""The most that one read returns where more than `FEW` sockets are ready: what a flood brings is worked through before the next
+socket's event is looked at."""
 MODERATION_S: Final = 0.001
 """The least time between two wake-ups of the reader, in seconds: what comes sooner than that after one waits for the next."""
 
@@ -311,6 +315,8 @@ class SharedReader:
         """Read ready sockets, once each, until there are no more or the turn's share is used up."""
         waiting, readings, size = self._waiting, self._readings, self._read_bytes
         left = TURN_BYTES
+        if len(waiting) > FEW:
+            size = min(size, SHARED_READ_BYTES)
         while waiting and left > 0:
             reading = readings.get(waiting.pop())
             if reading is None:

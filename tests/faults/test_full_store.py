@@ -29,22 +29,12 @@ from tests.upstream.attempts import bench
 MIB = 1 << 20
 
 
-class Behind(GatedStore):
-    """Behind, or failing, when the test says so."""
-
-    trouble: str | None = None
-
-    @property
-    def failing(self) -> str | None:
-        return self.trouble
-
-
 # --- held back, then ended -------------------------------------------------------------------------------------------
 
 
 async def test_a_stream_that_is_held_back_too_long_is_ended_with_the_stores_error(autojump_clock):
     """After `held_s`, not before; by the store, with what it says; and what had been received is kept."""
-    store = Behind()
+    store = GatedStore()
 
     async def source(out):
         await out.send("kept")
@@ -62,9 +52,9 @@ async def test_a_stream_that_is_held_back_too_long_is_ended_with_the_stores_erro
         assert sup.statistics().memory.reaped == {"reaped_pressure": 1}
 
 
-async def test_what_is_held_back_goes_on_when_the_store_has_caught_up(autojump_clock):
+async def test_what_is_held_back_goes_on_when_the_store_has_caught_up(autojump_clock, no_share):
     """Each wait has the whole time for itself: one that was short is forgotten, and nothing is missing."""
-    store = Behind()
+    store = GatedStore()
 
     async def source(out):
         for word in ["one", "two", "three", "four"]:
@@ -87,7 +77,7 @@ async def test_what_is_held_back_goes_on_when_the_store_has_caught_up(autojump_c
 async def test_a_store_that_catches_up_in_the_last_moment_has_caught_up(autojump_clock):
     """It is the store that is asked when the time is over, not the clock alone."""
 
-    class JustInTime(Behind):
+    class JustInTime(GatedStore):
         async def wait_flow(self) -> None:
             try:
                 await super().wait_flow()
@@ -106,7 +96,7 @@ async def test_a_store_that_catches_up_in_the_last_moment_has_caught_up(autojump
 
 async def test_an_answer_that_has_ended_as_far_as_seen_is_complete_though_the_store_is_behind(autojump_clock):
     """Only the end of the body was still to come."""
-    store = Behind()
+    store = GatedStore()
 
     async def source(out):
         await out.send("all of it")
@@ -119,9 +109,9 @@ async def test_an_answer_that_has_ended_as_far_as_seen_is_complete_though_the_st
         assert (outcome.state, outcome.reason) == (State.COMPLETED, "stop")
 
 
-async def test_a_stop_that_drains_is_what_a_held_stream_ends_by(autojump_clock):
+async def test_a_stop_that_drains_is_what_a_held_stream_ends_by(autojump_clock, no_share):
     """Somebody had asked for the end already: it is their cancel."""
-    store = Behind()
+    store = GatedStore()
 
     async def source(out):
         store.behind = True
@@ -139,7 +129,7 @@ async def test_a_stop_that_drains_is_what_a_held_stream_ends_by(autojump_clock):
 
 async def test_starts_are_refused_while_nothing_can_be_written():
     """With an error that says why and when to come back; what runs can be joined, and starts go on with the store."""
-    store = Behind()
+    store = GatedStore()
 
     async def silent(out):
         await trio.sleep_forever()

@@ -19,6 +19,7 @@ class GatedStore(MemoryStore):
         self._broken: StoreError | None = None
         self.behind = False
         self._caught_up = trio.Event()
+        self.trouble: str | None = None
 
     def hold(self) -> None:
         """From now on nothing new becomes durable."""
@@ -47,6 +48,10 @@ class GatedStore(MemoryStore):
         if self._broken is not None:
             raise self._broken
         await super().wait_durable(stream_id, seq)
+
+    @property
+    def failing(self) -> str | None:
+        return self.trouble
 
     @property
     def congested(self) -> bool:

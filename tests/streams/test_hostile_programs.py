@@ -540,7 +540,7 @@ async def test_sources_that_do_not_end_count_against_the_limit(autojump_clock):
         await sup.cancel(all_streams=True)
 
 
-async def test_two_helpers_that_wait_for_the_store_give_the_clock_back(autojump_clock):
+async def test_two_helpers_that_wait_for_the_store_give_the_clock_back(autojump_clock, no_share):
     """The idle clock rests until the last of them goes on, and then runs."""
     store = GatedStore()
 

@@ -479,7 +479,7 @@ async def test_an_outcome_that_takes_too_long_is_an_error(autojump_clock):
         assert trio.current_time() - start == pytest.approx(7)
 
 
-async def test_a_source_is_slowed_while_the_store_is_behind():
+async def test_a_source_is_slowed_while_the_store_is_behind(no_share):
     """`send` waits for the store to catch up; nothing is buffered meanwhile."""
     store = GatedStore()
     async with open_supervisor(store=store) as sup:
@@ -491,7 +491,44 @@ async def test_a_source_is_slowed_while_the_store_is_behind():
         assert (await stream.wait()).events == 3
 
 
-async def test_a_stream_does_not_expire_because_the_store_is_behind(autojump_clock):
+async def test_who_has_little_waiting_is_not_held_back_for_others():
+    """While the store is behind, a stream of which little waits goes on, and one of which much does is held; if nothing can be written, both."""
+    store = GatedStore()
+    took: list[str] = []
+
+    async def source(out):
+        while True:
+            await out.send("x" * (20_000 if out is flood else 10))
+            took.append("flood" if out is flood else "other")
+            await more.wait()
+
+    flood: object = None
+
+    async def flooding(out):
+        nonlocal flood
+        flood = out
+        await source(out)
+
+    more = trio.Event()
+    async with open_supervisor(store=store) as sup:
+        store.hold()
+        await sup.start(flooding)
+        await sup.start(source)
+        await trio.testing.wait_all_tasks_blocked()
+        store.behind = True
+        for trouble, went_on in ((None, ["other"]), ("disk full", [])):
+            took.clear()
+            store.trouble = trouble
+            before, more = more, trio.Event()
+            before.set()
+            await trio.testing.wait_all_tasks_blocked()
+            assert took == went_on
+        store.catch_up()
+        store.release()
+        await sup.cancel(all_streams=True)
+
+
+async def test_a_stream_does_not_expire_because_the_store_is_behind(autojump_clock, no_share):
     """While a source waits for the store its idle clock rests; afterwards it starts anew."""
 
     async def source(out):

@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from supervisor.upstream.shared import TURN_BYTES, EpollPoller, SharedReader
+from supervisor.upstream.shared import FEW, SHARED_READ_BYTES, TURN_BYTES, EpollPoller, SharedReader
 
 
 @attrs.define(eq=False)
@@ -233,6 +233,28 @@ async def test_a_flood_does_not_keep_others_waiting() -> None:
     assert max(steps) <= reads_per_turn
     for start in range(0, len(order) - 8, 8):
         assert sorted(order[start : start + 8]) == list(range(8))
+
+
+async def test_a_flood_is_read_in_small_pieces_where_others_wait() -> None:
+    """What it brings in one read is bounded while more than a few sockets are ready, and is not where it is alone."""
+    with pipes(FEW + 1) as made:
+        flood, *others = made
+        flood.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        flood.far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        for ready in (others, []):
+            flood.got.clear()
+            flood.far.send(bytes(3 * SHARED_READ_BYTES))
+            for pipe in ready:
+                pipe.far.send(b"x")
+            reader = SharedReader(read_bytes=64 << 10)
+            async with trio.open_nursery() as nursery:
+                for pipe in made:
+                    nursery.start_soon(reader.read, pipe)
+                await settle()
+                nursery.cancel_scope.cancel()
+            first = SHARED_READ_BYTES if ready else 3 * SHARED_READ_BYTES
+            assert len(flood.got[0]) == first
+            assert sum(map(len, flood.got)) == 3 * SHARED_READ_BYTES
 
 
 async def test_a_turn_that_is_too_long_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:

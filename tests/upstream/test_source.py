@@ -92,7 +92,7 @@ async def test_events_are_seen_as_they_come() -> None:
         await stream.cancel()
 
 
-async def test_a_slow_store_slows_the_reading() -> None:
+async def test_a_slow_store_slows_the_reading(no_share) -> None:
     """While the store is behind nothing is read: the upstream is held back by TCP."""
 
     class Behind(MemoryStore):
