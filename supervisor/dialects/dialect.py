@@ -58,9 +58,10 @@ class Endings:
     """Where errors are told, besides an HTTP status: each makes the stream failed(`provider_error`)."""
     truncated: str = "the body ends, or the connection is lost, before any of these"
     """What is failed(`truncated`)."""
-    clean_end: bool = False
+    clean_end: bool | Literal["whole"] = False
     """Whether the end of a body whose framing is complete, and which leaves no event open, is an ending: only for servers that
-    send no marker at all. What a connection's loss cuts off is truncated all the same."""
+    send no marker at all. `whole`: of a body that is no event stream, where the answer was asked for as one JSON value. What a
+    connection's loss cuts off is truncated all the same."""
 
 
 @attrs.frozen(kw_only=True)
@@ -116,6 +117,9 @@ class Asking:
     first: Callable[[Mapping[str, Any], str], Call] | None = None
     """Make the request that starts the answer, of the JSON object and the upstream's path. None: post the object with
     `"stream": true` to the path. Raises ConfigurationError for an object that cannot be a streaming request."""
+    choices: Callable[[bytes], int] | None = None
+    """Tell how many answers a request, as it is sent, asks for. None: as many as come. A lost connection is an ending only if
+    so many have ended."""
     resume: Callable[[Mapping[str, Any], Progress], Call | None] | None = None
     """Rung *sequence*: ask for the rest of the same answer. None, or returning None: it cannot be had."""
     resume_ends: frozenset[int] = frozenset()

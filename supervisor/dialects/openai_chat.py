@@ -16,7 +16,7 @@ Whatever is refused goes the tolerant way: generic JSON, looked at piece by piec
 reader's state changes before the whole event has been read.
 
 **How it ends.** `[DONE]` ends the answer whatever came before. Without it, the answer has ended as far as seen when every
-choice seen has a finish reason. An event that carries an error is that error and nothing else, also after a finish reason.
+choice seen has a finish reason; if the connection was lost, as many as `n` asked for must have one. An event that carries an error is that error and nothing else, also after a finish reason.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from supervisor.dialects.openai_chunks import (
     ODD_FINISHES,
     ChunkReader,
     Part,
+    choices_of,
     finish_of,
     usage_of,
 )
@@ -310,7 +311,7 @@ OPENAI_CHAT: Final = Dialect(
     fault=http_fault,
     endings=Endings(
         markers=("[DONE]",),
-        well="`[DONE]`; or, without it, a finish reason for every choice seen and then the end of the body",
+        well="`[DONE]`; or, without it, a finish reason for every choice seen and then the end of the body (for every one asked for, if the connection is lost)",
         incomplete={
             "length": "the limit of tokens was reached",
             "content_filter": "the provider's filter cut the answer off",
@@ -322,7 +323,7 @@ OPENAI_CHAT: Final = Dialect(
             "a finish reason `error`, `abort` or `insufficient_system_resource`",
         ),
     ),
-    asking=Asking(path="/chat/completions"),
+    asking=Asking(path="/chat/completions", choices=choices_of),
     abort_stops_billing=True,
     usage_rule="with `stream_options.include_usage`, in a chunk of its own before `[DONE]`; on every chunk it is a running total",
 )

@@ -17,7 +17,16 @@ from supervisor.dialects.base import Delta, Fault, UnparseableError, Usage
 from supervisor.dialects.faults import error_fault, find_fault, flat_fault, shown
 from supervisor.dialects.tool_calls import MAX_CALLS, CallBudget, CallPiece, CallSorter
 
-__all__ = ["MAX_CHOICES", "MAX_LABEL_CHARS", "ODD_FINISHES", "ChunkReader", "Part", "finish_of", "usage_of"]
+__all__ = [
+    "MAX_CHOICES",
+    "MAX_LABEL_CHARS",
+    "ODD_FINISHES",
+    "ChunkReader",
+    "Part",
+    "choices_of",
+    "finish_of",
+    "usage_of",
+]
 
 MAX_CHOICES = 1024
 """Choice indexes from this on are refused (the event is unparseable)."""
@@ -220,6 +229,26 @@ def _chunk_fault(value: dict[str, Any]) -> Fault | None:
                     if isinstance(place, dict) and place.get("error"):
                         return error_fault(place["error"])
     return None
+
+
+class _Asked(msgspec.Struct, gc=False):
+    n: int | None = None
+    prompt: msgspec.Raw = msgspec.Raw(b"")
+    """Of legacy completions, which answer each prompt of a list."""
+
+
+_decode_asked = msgspec.json.Decoder(_Asked).decode
+
+
+def choices_of(request: bytes) -> int:
+    """Return how many choices a request asks for."""
+    try:
+        asked = _decode_asked(request)
+        prompts = msgspec.json.decode(asked.prompt) if bytes(asked.prompt).startswith(b"[") else []
+    except (ValueError, RecursionError):
+        return 1  # it is the provider's to refuse
+    tokens = bool(prompts) and isinstance(prompts[0], int)
+    return max(1, asked.n or 1) * (1 if tokens else max(1, len(prompts)))
 
 
 def finish_of(value: Any) -> str | None:

@@ -23,7 +23,7 @@ from supervisor.dialects.base import Delta, UnparseableError
 from supervisor.dialects.dialect import Asking, Dialect, Endings, named_model
 from supervisor.dialects.faults import http_fault
 from supervisor.dialects.openai_chat import chat_part
-from supervisor.dialects.openai_chunks import ODD_FINISHES, ChunkReader, Part, finish_of, usage_of
+from supervisor.dialects.openai_chunks import ODD_FINISHES, ChunkReader, Part, choices_of, finish_of, usage_of
 
 __all__ = ["OPENAI_COMPLETIONS"]
 
@@ -174,7 +174,7 @@ OPENAI_COMPLETIONS: Final = Dialect(
     fault=http_fault,
     endings=Endings(
         markers=("[DONE]",),
-        well="`[DONE]`; or, without it, a finish reason for every choice seen and then the end of the body",
+        well="`[DONE]`; or, without it, a finish reason for every choice seen and then the end of the body (for every one asked for, if the connection is lost)",
         incomplete={
             "length": "the limit of tokens was reached",
             "content_filter": "the provider's filter cut the answer off",
@@ -186,7 +186,7 @@ OPENAI_COMPLETIONS: Final = Dialect(
             "a finish reason `error`",
         ),
     ),
-    asking=Asking(path="/completions", prompt=_prompt, continuation=_continuation),
+    asking=Asking(path="/completions", prompt=_prompt, choices=choices_of, continuation=_continuation),
     abort_stops_billing=True,
     usage_rule="with `stream_options.include_usage`, in a chunk of its own before `[DONE]`; on every chunk it is a running total",
 )

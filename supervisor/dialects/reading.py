@@ -9,9 +9,9 @@ How a body ends well or badly, in the order in which it is asked:
 |---|---|
 | an error from the provider: in an event, as a field named `error`, or as bare JSON between or instead of events | failed(`provider_error`) |
 | more unreadable events than allowed, or a line or event past its limit | failed(`protocol`) |
-| the dialect's end marker, or finish reasons for all choices seen and then the end of the body, however it came | completed; but in a dialect without an end marker there may have been more of the answer if the connection was lost, or an event cut off: then it is none |
+| the dialect's end marker, or finish reasons for all choices seen and then the end of the body, however it came | completed; but there may have been more of the answer if the connection was lost, and in a dialect without an end marker also if an event was cut off: then it is none. With an end marker a lost connection is believed if as many choices have ended as were asked for |
 | a whole JSON answer in place of a stream | completed, if it says that it ended |
-| the clean end of a body in which nothing is left open, for a dialect whose answers end so (`Endings.clean_end`) | completed(`done`) |
+| the clean end of a body in which nothing is left open, for a dialect whose answers, or whole answers, end so (`Endings.clean_end`) | completed(`done`) |
 | a cleanly ended body that is something else: HTML, plain text, other JSON | failed(`protocol`): it was never a stream of this dialect, so nothing of it was cut off |
 | anything else, also an empty body | failed(`truncated`) |
 
@@ -119,7 +119,7 @@ class BodyReader:
     """Reads one response body into a sink. One per attempt.
 
     `events` and `skipped` count the events read and those that could not be; `terminal` is true once the dialect's
-    end marker was seen. Past `max_unparseable` skipped events the stream is failed(`protocol`). `content_type` helps to
+    end marker was seen. `choices` tells how many were asked for; None: as many as come. Past `max_unparseable` skipped events the stream is failed(`protocol`). `content_type` helps to
     tell how the body is framed, and what came in place of a stream. `reader` reads on where it stopped in an earlier body
     of the same answer. `last_event_id` is that of an event stream that this one goes on from, and `first_event_id` the first id
     of that: an event stream that goes on does not begin with it, and one that does has begun anew (failed, `protocol`).
@@ -128,6 +128,8 @@ class BodyReader:
     """
 
     __slots__ = (
+        "_asked",
+        "_choices",
         "_chooser",
         "_content_type",
         "_decoder",
@@ -135,6 +137,7 @@ class BodyReader:
         "_ended",
         "_event_id",
         "_event_id_before",
+        "_finished",
         "_first_before",
         "_framing",
         "_head",
@@ -164,6 +167,7 @@ class BodyReader:
         reader: Reader | None = None,
         last_event_id: str = "",
         first_event_id: str = "",
+        choices: Callable[[], int] | None = None,
     ) -> None:
         if dialect.framing not in _DECODERS:
             expected = f"a dialect whose framing is one of {', '.join(sorted(_DECODERS))}"
@@ -189,6 +193,9 @@ class BodyReader:
         self._framing: BodyFraming = "sse"
         self._content_type = content_type
         self._max_unparseable = max_unparseable
+        self._choices = choices
+        self._asked: int | None = None
+        self._finished: set[int] = set()
         self._marked = False
         self._ended = False
         self._torn = False
@@ -292,10 +299,10 @@ class BodyReader:
         if (fault := self._fault_outside()) is not None:
             self._fail("provider_error", fault)
         elif (reason := self._ending()) is not None and (
-            self._dialect.endings.markers or (clean and not self._torn)
+            (clean or self._left() == 0) if self._dialect.endings.markers else (clean and not self._torn)
         ):
             self._sink.complete(reason)
-        elif clean and whole and self.events and self._dialect.endings.clean_end:
+        elif clean and whole and self.events and self._may_end_so():
             self._sink.complete("done")
         elif clean and (head := self._foreign()):
             what = f"{self._content_type}; it begins: " if self._content_type else "it begins: "
@@ -308,6 +315,19 @@ class BodyReader:
             if cause:
                 message = f"{message}: {cause}"
             self._fail("truncated", Fault(kind="truncated", message=message, temporary=True))
+
+    def _left(self) -> int:
+        """How many of the choices asked for have yet to end, where those seen have; below 0: there are more than that."""
+        if self._choices is None:
+            return 0
+        if self._asked is None:
+            self._asked = self._choices()
+        return self._asked - max(1, len(self._finished))
+
+    def _may_end_so(self) -> bool:
+        """Whether the end of the body is an ending by itself."""
+        so = self._dialect.endings.clean_end
+        return so is True or (so == "whole" and self._framing != "sse")
 
     # --- the beginning and the end of a body ---
 
@@ -423,7 +443,7 @@ class BodyReader:
                 continue
             self.events += 1
             sealed = append(data, "" if name == "message" else name, deltas)
-            if self._marked and self._reader.ending() is None:
+            if self._marked and (self._reader.ending() is None or self._left() > 0):
                 self._marked = False
                 sink.mark(None)
             for delta in deltas:
@@ -440,6 +460,7 @@ class BodyReader:
             if delta.fault is not None:
                 self._fail("provider_error", delta.fault)
                 return
+        self._finished.update(delta.choice for delta in deltas if delta.finish_reason is not None)
         reason = self._ending()
         if any(delta.terminal for delta in deltas):
             self.terminal = True
@@ -450,6 +471,7 @@ class BodyReader:
             and not self._marked
             and not self._sink.sealed
             and self._dialect.endings.markers
+            and self._left() <= 0
         ):
             self._marked = True
             self._sink.mark(reason)

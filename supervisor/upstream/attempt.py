@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import attrs
@@ -184,7 +185,7 @@ class Attempt:
             if exchange.status in self._ends:
                 return self._nothing_more(exchange.status)
             if 200 <= exchange.status < 300 and exchange.status not in _NO_STREAM:
-                return await self._read(exchange)
+                return await self._read(exchange, request.content)
             if exchange.status in _REDIRECTS:
                 return self._redirected(request, exchange)
             return await self._refused(exchange)
@@ -197,12 +198,13 @@ class Attempt:
             out.on_abort(None)
             exchange.abort()  # of no effect after the aclose of an exchange that ended well
 
-    async def _read(self, exchange: Exchange) -> Failure | None:
+    async def _read(self, exchange: Exchange, sent: bytes) -> Failure | None:
         message = _encoded(exchange.headers)
         if message is not None:
             return Failure("protocol", Fault(kind="protocol", message=message), again=False)
         out = self.out
         self._headers = exchange.status, exchange.headers
+        choices = self._upstream.dialect.asking.choices
         reader = self.body = BodyReader(
             self._upstream.dialect,
             self,
@@ -213,6 +215,7 @@ class Attempt:
             reader=self.reader,
             last_event_id=self._last_event_id,
             first_event_id=self._first_event_id,
+            choices=None if choices is None else partial(choices, sent),
         )
 
         def take(data: bytes) -> bool:

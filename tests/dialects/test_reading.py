@@ -9,6 +9,7 @@ import pytest
 
 from supervisor.dialects import GEMINI, GENERIC, NATIVE, Delta
 from supervisor.dialects.openai_chat import OPENAI_CHAT
+from supervisor.dialects.openai_chunks import choices_of
 from supervisor.dialects.reading import BodyReader
 from supervisor.errors import ConfigurationError
 from tests.dialects.bodies import DONE, RecordingSink, chunk, event, read
@@ -50,6 +51,45 @@ def test_a_seal_by_the_event_that_ends_the_answer_stands() -> None:
         sink = RecordingSink(seal_after=1)
         BodyReader(OPENAI_CHAT, sink).feed(last)
         assert (sink.ending, sink.marks) == (("expired", "reaped_bytes"), [])
+
+
+def test_a_lost_connection_ends_an_answer_of_as_many_choices_as_were_asked_for() -> None:
+    """Without the end marker, a choice that never began is missed, and so may one be where more came than were asked for."""
+    one = chunk({"content": "a"}) + chunk(finish="stop")
+    two = chunk({"content": "b"}, index=1) + chunk(index=1, finish="length")
+    for body, asked, ending, marks in (
+        (one, 1, ("completed", "stop"), ["stop"]),
+        (one, 2, ("failed", "truncated"), []),
+        (one + two, 2, ("completed", "stop"), ["stop"]),
+        (one + two, 1, ("failed", "truncated"), ["stop", None, "stop"]),
+    ):
+        for clean in (False, True):
+            sink = RecordingSink()
+            reader = BodyReader(OPENAI_CHAT, sink, choices=lambda asked=asked: asked)
+            reader.feed(body)
+            reader.end(clean=clean)
+            assert sink.ending == (("completed", "stop") if clean else ending), (body, asked)
+            assert sink.marks == marks
+
+
+@pytest.mark.parametrize(
+    ("request_", "choices"),
+    [
+        (b"{}", 1),
+        (b'{"n":null}', 1),
+        (b'{"n":3}', 3),
+        (b'{"n":0}', 1),
+        (b'{"n":"3"}', 1),
+        (b'{"n":2,"prompt":"a"}', 2),
+        (b'{"n":2,"prompt":["a","b"]}', 4),
+        (b'{"prompt":[1,2]}', 1),
+        (b'{"prompt":[[1],[2]]}', 2),
+        (b"{", 1),
+    ],
+)
+def test_how_many_choices_a_request_asks_for(request_: bytes, choices: int) -> None:
+    """By `n`, for each prompt of several; what cannot be read is the provider's to refuse."""
+    assert choices_of(request_) == choices
 
 
 def test_only_the_first_failure_is_told() -> None:

@@ -189,6 +189,26 @@ async def test_a_whole_answer_need_not_say_that_it_has_ended() -> None:
         assert (answer.status_code, answer.content) == (200, queued)
 
 
+async def test_an_event_stream_in_place_of_a_whole_answer_has_to_say_that_it_has_ended() -> None:
+    """Asked for a whole answer, an upstream streams one and stops in the middle: that is no answer, however the body ended."""
+    cut = b'data: {"id":"x","choices":[{"index":0,"delta":{"content":"Half"}}]}\n\n'
+    path, body = WHOLE["chat"]
+    async with gateway_at(respond=lambda _: Script(body=cut)) as place, place.client() as client:
+        answer = await client.post(path, json=body)
+        assert b'"truncated"' in answer.content, answer.content
+
+
+async def test_a_choice_that_never_began_is_missed_when_the_connection_is_lost() -> None:
+    """The first of two answers asked for has ended, and the connection is lost: it is told as an error, not as the end."""
+    first = b'data: {"id":"x","choices":[{"index":0,"delta":{"content":"A"},"finish_reason":"stop"}]}\n\n'
+    path, body = STREAMED["chat"]
+    lost = Script(body=first, fault="drop")
+    async with gateway_at(respond=lambda _: lost) as place, place.client() as client:
+        for n, said in ((1, False), (2, True)):
+            answer = await client.post(path, json={**body, "n": n})
+            assert (b'"truncated"' in answer.content) == said
+
+
 async def test_a_whole_answer_has_clocks_of_its_own() -> None:
     """It says nothing until it is complete: the first event of a stream is waited for less long."""
     clocks, slow = Deadlines(first_event_s=0.02, idle_s=0.02), "sim/ok?head_after_s=0.1"

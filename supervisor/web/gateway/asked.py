@@ -255,10 +255,13 @@ def _renamed(body: bytes, model: str) -> bytes:
 
 
 def _as_whole(dialect: Dialect, *, streamed: bool) -> Dialect:
-    """Return a dialect for an answer that is one JSON value: the end of the body is its ending, whatever it says."""
+    """Return a dialect for an answer that is one JSON value: the end of the body is its ending, whatever it says.
+
+    Not that of an event stream that comes in its place.
+    """
     if streamed:
         return dialect
-    return attrs.evolve(dialect, endings=attrs.evolve(dialect.endings, clean_end=True))
+    return attrs.evolve(dialect, endings=attrs.evolve(dialect.endings, clean_end="whole"))
 
 
 def _query(scope: Mapping[str, Any]) -> str:

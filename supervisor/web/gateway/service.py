@@ -138,7 +138,7 @@ class Gateway:
     keys: tuple[tuple[Token, str], ...] = ()
     _listings: dict[str, _Listing] = attrs.field(factory=dict)
     """The lists of models that upstreams are being asked for."""
-    _adapted: dict[tuple[str, str, bool], Upstream] = attrs.field(factory=dict)
+    _adapted: dict[tuple[str, str, object], Upstream] = attrs.field(factory=dict)
     _responses: OrderedDict[str, _Made] = attrs.field(factory=OrderedDict)
     _answered: weakref.WeakKeyDictionary[Stream, list[Answered]] = attrs.field(
         factory=weakref.WeakKeyDictionary
