@@ -136,6 +136,20 @@ class WebAccess:
             return self._has_session(scope)
         return True
 
+    def refuses(self, scope: Scope) -> str | None:
+        """Say why a request that changes something, or costs, is not for this page to make; None: it may."""
+        headers = dict(scope["headers"])
+        origin = headers.get(b"origin")
+        if origin is not None:
+            host = headers.get(b"host", b"").decode("latin-1").lower()
+            theirs = origin.decode("latin-1").lower()
+            same = theirs.partition("://")[2] == host and bool(host)
+            if not same and theirs not in self.origins:
+                return "this Origin may not do this; allow it by `origins` in the configuration"
+        elif headers.get(b"sec-fetch-site", b"none") not in _SAME:
+            return "a page of another site may not do this"
+        return None
+
     # --- a browser's session: a cookie, good for a time, that cannot be made without the token -----------------------
 
     def session(self, scope: Scope) -> tuple[str, str]:
@@ -314,17 +328,8 @@ class _Gate:
             )
         if scope["method"] in _SAFE_METHODS:
             return None
-        origin = headers.get(b"origin")
-        if origin is not None:
-            theirs = origin.decode("latin-1").lower()
-            same = theirs.partition("://")[2] == host and bool(host)
-            if not same and theirs not in access.origins:
-                return problem(
-                    "forbidden", "this Origin may not do this; allow it by `origins` in the configuration"
-                )
-        elif headers.get(b"sec-fetch-site", b"none") not in _SAME:
-            return problem("forbidden", "a page of another site may not do this")
-        return None
+        refusal = access.refuses(scope)
+        return None if refusal is None else problem("forbidden", refusal)
 
 
 def _name(host: str) -> str:

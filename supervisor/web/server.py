@@ -45,6 +45,7 @@ _log = logging.getLogger("supervisor.web")
 _READ_BYTES = 1 << 16
 _LINGER_BYTES = 1 << 20
 _MAX_REFUSING = 64
+_BETWEEN = frozenset({h11.IDLE, h11.DONE, h11.MUST_CLOSE})
 _IN_A_ROW_BYTES = 256 << 10
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\n"
@@ -255,6 +256,20 @@ class _Left(Exception):  # noqa: N818  # it is no error
     """The client has closed the connection, or has sent more than it may while it is being answered."""
 
 
+class _H11(h11.Connection):
+    """h11's, which takes no offence at what clients send behind a request (RFC 9112, 2.2 and 9.6)."""
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA | h11.PAUSED]:
+        buffer = self._receive_buffer
+        if buffer and self.their_state in _BETWEEN:
+            ahead = bytes(buffer)
+            # No request may follow a last one; before another there may be empty lines.
+            kept = b"" if self.their_state is h11.MUST_CLOSE else ahead.lstrip(b"\r\n")
+            if len(kept) < len(ahead):
+                buffer.maybe_extract_at_most(len(ahead) - len(kept))
+        return super().next_event()
+
+
 class _Protocol(H11Protocol):
     """anycorn's, without the ways out of HTTP/1.1."""
 
@@ -285,7 +300,12 @@ class _Protocol(H11Protocol):
             await self._send_error_response(505)
             await self.send(Closed())
             return
-        if any(name == b"upgrade" for name, _ in request.headers):
+        names = {name for name, _ in request.headers}
+        if names >= {b"content-length", b"transfer-encoding"}:  # who is before us may go by the other one
+            await self._send_error_response(400)
+            await self.send(Closed())
+            return
+        if b"upgrade" in names:
             request = h11.Request(
                 method=request.method,
                 target=request.target,
@@ -364,6 +384,9 @@ class _Connection:
                         self._send,
                         None,
                     )
+                    self.protocol.connection = _H11(
+                        h11.SERVER, max_incomplete_event_size=self.limits.max_head_bytes
+                    )
                     self.protocol.counts = server.counts
                     self.protocol.can_read = _Pause(self)
                     await self._read()
@@ -400,7 +423,7 @@ class _Connection:
             while True:
                 try:
                     data = await self.receive()
-                    if not self._begun:
+                    if not self._begun and data.strip(b"\r\n"):
                         self._begun = True
                         self.reading.deadline = trio.current_time() + self.limits.head_s
                     await self.protocol.handle(RawData(bytes(data)))

@@ -198,6 +198,16 @@ async def test_an_event_stream_in_place_of_a_whole_answer_has_to_say_that_it_has
         assert b'"truncated"' in answer.content, answer.content
 
 
+async def test_a_get_that_nobody_reads_asks_no_upstream() -> None:
+    """What another site's page has a browser fetch, and a HEAD, are refused before an upstream is asked."""
+    async with gateway_at() as place, place.client() as client:
+        path = "/v1/responses/resp_1?stream=true"
+        assert (await client.head(path)).status_code == 405
+        for given in ({"sec-fetch-site": "cross-site"}, {"origin": "http://evil.example"}):
+            assert (await client.get(path, headers=given)).status_code == 403
+        assert place.up.request_count == 0
+
+
 async def test_a_choice_that_never_began_is_missed_when_the_connection_is_lost() -> None:
     """The first of two answers asked for has ended, and the connection is lost: it is told as an error, not as the end."""
     first = b'data: {"id":"x","choices":[{"index":0,"delta":{"content":"A"},"finish_reason":"stop"}]}\n\n'

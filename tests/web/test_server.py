@@ -131,6 +131,27 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
         ]
 
 
+@pytest.mark.parametrize("last", [True, False])
+async def test_what_is_no_request_behind_one_is_ignored(last: bool) -> None:
+    """Empty lines between requests are none, nor is anything behind one that says that it is the last."""
+    close = b"connection: close\r\n" if last else b""
+    post = b"POST /a HTTP/1.1\r\nhost: x\r\n%bcontent-length: 2\r\n\r\nhi\r\n" % close
+    async with serving(echo) as server, Client.of(server) as client:
+        await client.send(b"\r\n" + post + (b"x\r\n\r\n" if last else post + b"\r\n"))
+        for _ in range(1 if last else 2):
+            assert (await client.answer()).body == b"/ahi"
+        assert server.statistics().protocol_errors == 0
+
+
+async def test_a_length_with_a_transfer_coding_is_refused() -> None:
+    """Two programs may each go by the other of the two, so neither is gone by, and the connection ends."""
+    body = b"content-length: 2\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n"
+    async with serving(echo) as server, Client.of(server) as client:
+        await client.send(b"POST /a HTTP/1.1\r\nhost: x\r\n" + body)
+        answer = await client.answer()
+        assert (answer.status, answer.headers["connection"]) == (400, "close")
+
+
 @pytest.mark.parametrize(
     "asked",
     [

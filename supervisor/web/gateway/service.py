@@ -224,6 +224,12 @@ class Gateway:
         if self._id in request.headers.get(VIA, "").split(", "):
             message = "this request has come back: an upstream's base_url leads to this gateway itself"
             raise BadRequestError(508, "loop", message)
+        if request.method == "HEAD":  # Starlette lets it in with GET
+            raise BadRequestError(405, "method_not_allowed", "there is no HEAD here")
+        # Also of a GET: any asks an upstream.
+        refusal = self.front.access.refuses(request.scope)
+        if refusal is not None:
+            raise BadRequestError(403, "forbidden", refusal)
         offered = _offered_keys(request)
         if self.keys:
             for key, tenant in self.keys:
