@@ -69,7 +69,7 @@ _BATCH_EVENTS = 256
 _BATCH_BYTES = 64 << 10
 _SMALL_BYTES = 64 << 10
 _SMALL_LIST = 100
-_RETRY_S = 1
+_RETRY_MS = 1000
 _KEEP_ALIVE = b": keep-alive\n\n"
 _POSITION = re.compile(r"([1-9][0-9]{0,8})-(0|[1-9][0-9]{0,17})(?:-([!-~]{1,256}))?", re.ASCII)
 _EVENT_STREAM = "text/event-stream; charset=utf-8"
@@ -269,7 +269,7 @@ class _Room:
     def _check(self, size: int) -> None:
         if self._held and self._held + size > self._most:
             message = "large answers that their clients have yet to take fill all the room there is"
-            raise HTTPException(503, message, {"retry-after": str(_RETRY_S)})
+            raise HTTPException(503, message, {"retry-after": "1"})
 
 
 def _is_small(stream: Stream) -> bool:
@@ -340,7 +340,7 @@ class EventStream(Response):
     async def _open(self) -> bytes:
         """Find the place to read from; return what is sent at once."""
         stream, place = self._stream, answers.place_of(self._params)
-        first = b"retry: %d\n" % (_RETRY_S * 1000)
+        first = b"retry: %d\n" % _RETRY_MS
         if isinstance(place, Cursor) and self._is_of_another():
             self._events = self._subscribed("start")
             return b"%b\n%b" % (first, self._another(place))
@@ -465,7 +465,7 @@ def _after_gap(error: GapError) -> Cursor:
 
 def _full(error: HTTPException) -> bytes:
     """Return what is told to who cannot be sent a snapshot now: to come again."""
-    told = {"kind": "overloaded", "message": error.detail, "temporary": True, "retry_after_s": _RETRY_S}
+    told = {"kind": "overloaded", "message": error.detail, "temporary": True, "retry_after_s": 1}
     return b"event: failed\ndata: %b\n\n" % _encode(told)
 
 
