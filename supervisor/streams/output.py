@@ -334,7 +334,7 @@ class Output:
         except StoreError as error:  # what cannot be recorded is not gone on with
             self._stream._refused(str(error))  # noqa: SLF001
             raise
-        return not (self._lifecycle.sealed or (self._store.congested and self.congested))
+        return not (self._lifecycle.sealed or self.congested)
 
     @property
     def congested(self) -> bool:

@@ -184,7 +184,7 @@ def read_google(call: str, scope: Mapping[str, Any], body: bytes, *, headers: fr
     model, verb = found["model"], found["verb"]
     streamed = verb == "streamGenerateContent"
     query = _query(scope)
-    as_events = not streamed or "alt=sse" in query.removeprefix("?").split("&")
+    as_events = not streamed or _says(query, "alt=sse")
     passed = _passed(scope, headers, _GEMINI, streamed=streamed)
 
     def make(upstream: Upstream) -> Call:
@@ -203,7 +203,7 @@ def about(
     if not _ID.fullmatch(response_id):
         raise BadRequestError(404, "not_found", "that is not the id of a response")
     query = _query(scope)
-    streamed = method == "GET" and not rest and "stream=true" in query.removeprefix("?").split("&")
+    streamed = method == "GET" and not rest and _says(query, "stream=true")
     passed = _passed(scope, headers, _RESPONSES, streamed=streamed)
 
     def call(upstream: Upstream) -> Call:
@@ -269,6 +269,11 @@ def _query(scope: Mapping[str, Any]) -> str:
     query: bytes = scope.get("query_string", b"")
     kept = b"&".join(part for part in query.split(b"&") if part and _name(part) != b"key")
     return f"?{kept.decode('latin-1')}" if kept else ""
+
+
+def _says(query: str, parameter: str) -> bool:
+    """Whether a query, as `_query` returns it, has a parameter with this value."""
+    return parameter in query.removeprefix("?").split("&")
 
 
 def _name(part: bytes) -> bytes:

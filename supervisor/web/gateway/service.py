@@ -29,6 +29,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from supervisor.control.auth import Token
 from supervisor.dialects import Call, UnparseableError
+from supervisor.dialects.anthropic import VERSION
 from supervisor.errors import SupervisorError, UnknownStreamError
 from supervisor.streams import Deadlines, OnDetach, Started, State, Stream
 from supervisor.upstream.attempt import Transport, ask
@@ -467,7 +468,7 @@ class Gateway:
         """Ask an upstream for its models; return none if it does not tell: the others' are told."""
         headers = {"accept": "application/json"} if via is None else {"accept": "application/json", VIA: via}
         if FAMILIES[upstream.dialect.name] == "anthropic":
-            headers["anthropic-version"] = "2023-06-01"
+            headers["anthropic-version"] = VERSION
         with trio.move_on_after(MODELS_S):
             try:
                 call = Call(method="GET", path="/models", headers=headers)
